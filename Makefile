@@ -1,0 +1,52 @@
+# Two commands do everything on a machine with Python >= 3.10, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help demo test lint types unit docs wheel clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+demo: .venv/.demo ## train on real digits at base learning rates from 1e-8 to 1e6, and draw demo.png
+	$(BIN)/python examples/demo.py
+
+test: lint types unit docs wheel ## everything that CI checks
+
+lint: .venv/.dev ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev ## strict type check of src
+	$(BIN)/mypy
+
+unit: .venv/.dev .venv/peers ## all tests
+	$(BIN)/pytest --numprocesses 2
+
+docs: .venv/.dev ## run every Python block of the documentation
+	$(BIN)/python tools/run_markdown.py docs/*.md
+
+wheel: .venv/.dev ## build the wheel, install it alone into a clean environment, run README's examples there
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../.venv-wheel/bin/python -W error ../tools/run_markdown.py ../README.md
+
+clean: ## remove everything that make made
+	rm -rf .venv .venv-wheel dist demo.png
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[demo]'
+	touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+# Version 0.0.1 has our import name, so it is installed aside; tests compare with it.
+.venv/peers: .venv/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ mechanic-pytorch==0.0.1

@@ -1,0 +1,75 @@
+"""The options of `mechanize`: their defaults, their rules, and the wording of every refusal."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, NoReturn
+
+LogFunc = Callable[[dict[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Validated options of one mechanized class; see `mechanize` for their meaning.
+
+    Raises:
+        ValueError: an option breaks its rule.
+        TypeError: an option is of the wrong kind.
+    """
+
+    s_decay: float = 0.01
+    betas: tuple[float, ...] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+    s_init: float = 1e-8
+    eps: float = 1e-8
+    store_delta: bool = False
+    # Compared by identity but never hashed: a callable need not be hashable.
+    log_func: LogFunc | None = field(default=None, hash=False)
+    log_every: int = 0
+    skip_nonfinite: bool = True
+
+    def __post_init__(self) -> None:
+        # Numbers become plain floats so that equal options always give the same (cached) class.
+        self._set("s_decay", _number("s_decay", self.s_decay, "a finite number >= 0", "0.0 turns it off"))
+        self._set("s_init", _number("s_init", self.s_init, "a finite number > 0", "a small underestimate such as 1e-8"))
+        self._set("eps", _number("eps", self.eps, "a finite number >= 0", "the default is 1e-8"))
+        self._set("betas", _betas(self.betas))
+        for name in ("store_delta", "skip_nonfinite"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(TypeError, name, "True or False", getattr(self, name), "pass a bool")
+        if self.log_func is not None and not callable(self.log_func):
+            _refuse(TypeError, "log_func", "a function of one dict, or None", self.log_func, "None uses `logging`")
+        if isinstance(self.log_every, bool) or not isinstance(self.log_every, int):
+            _refuse(TypeError, "log_every", "an integer >= 0", self.log_every, "0 never logs")
+        if self.log_every < 0:
+            _refuse(ValueError, "log_every", "an integer >= 0", self.log_every, "0 never logs")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _number(name: str, value: object, rule: str, remedy: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        _refuse(TypeError, name, rule, value, remedy)
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and rule.endswith("> 0")):
+        _refuse(ValueError, name, rule, value, remedy)
+    return number
+
+
+def _betas(betas: object) -> tuple[float, ...]:
+    rule = "a non-empty sequence of numbers in [0, 1)"
+    if isinstance(betas, str) or not isinstance(betas, Iterable):
+        _refuse(TypeError, "betas", rule, betas, "one number is written (0.9,)")
+    values = tuple(betas)
+    if not values:
+        _refuse(ValueError, "betas", rule, betas, "the default is (0.9, 0.99, ..., 0.999999)")
+    remedy = "each is a discount factor such as 0.9 or 0.999"
+    for i, beta in enumerate(values):
+        if not _number(f"betas[{i}]", beta, "in [0, 1)", remedy) < 1:
+            _refuse(ValueError, f"betas[{i}]", "in [0, 1)", beta, remedy)
+    return tuple(float(beta) for beta in values)
+
+
+def _refuse(error: type[Exception], name: str, rule: str, value: object, remedy: str) -> NoReturn:
+    raise error(f"mechanize: {name} must be {rule}. Got {value!r}. Remedy: {remedy}.")

@@ -1,0 +1,68 @@
+"""The two functions that touch big tensors, in interchangeable versions.
+
+A kernel is a module with two functions over parallel lists of plain, dense, real tensors. All tensors of one call
+share a device, and their parameters a dtype; `deltas` are float32 (float64 for float64 parameters). Kernels know
+nothing of parameter groups, optimizer state, sharding or the tuner.
+
+`measure(params, grads, deltas)` returns the four sums of which the tuner is made, as one tensor of shape (4,) in the
+dtype of the deltas: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors,
+so they may be added over buckets, devices and shards.
+
+`move(params, before, deltas, compensations, old_scale, new_scale)` is called after the base optimizer has turned
+`before` into `params`. It changes these in place, and nothing else:
+
+    update = params - before
+    params = before + (new_scale - old_scale) * delta + new_scale * update
+    delta  = delta + update
+
+which is `before + new_scale * delta_new - old_scale * delta_old` with less cancellation. `compensations` is None, or,
+for parameters of less than 32 bits, one tensor per parameter that holds what rounding took from it (Kahan): it is
+added back before the move and renewed after it. A compensation that could not come from rounding its parameter
+belongs to a value that somebody has since overwritten, and counts as zero.
+
+`for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from mechanic_pytorch.kernels import for_loop, foreach
+
+__all__ = ["KERNELS", "Kernel", "select"]
+
+
+class Kernel(Protocol):
+    """What a kernel module offers."""
+
+    def measure(self, params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor: ...
+
+    def move(
+        self,
+        params: Sequence[Tensor],
+        before: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        compensations: Sequence[Tensor] | None,
+        old_scale: Tensor,
+        new_scale: Tensor,
+    ) -> None: ...
+
+
+KERNELS: dict[str, Kernel] = {"foreach": foreach, "for_loop": for_loop}
+
+
+def select() -> Kernel:
+    """Return the fastest kernel, or the one that the environment variable `MECHANIC_KERNEL` names (for debugging).
+
+    Raises:
+        ValueError: `MECHANIC_KERNEL` names no kernel.
+    """
+    name = os.environ.get("MECHANIC_KERNEL", "foreach")
+    if name not in KERNELS:
+        raise ValueError(
+            f"mechanic_pytorch: MECHANIC_KERNEL must be one of {sorted(KERNELS)}. Got {name!r}. "
+            "Remedy: unset it to let the package choose."
+        )
+    return KERNELS[name]

@@ -1,0 +1,39 @@
+"""The reference kernel: one tensor at a time, nothing clever. See the package docstring for the contract."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def measure(params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,)."""
+    sums = deltas[0].new_zeros(4)
+    for x, g, delta in zip(params, grads, deltas, strict=True):
+        x, g = x.to(delta.dtype), g.to(delta.dtype)
+        sums += torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
+    return sums
+
+
+def move(
+    params: Sequence[Tensor],
+    before: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    compensations: Sequence[Tensor] | None,
+    old_scale: Tensor,
+    new_scale: Tensor,
+) -> None:
+    """Rescale the base optimizer's step from `before` to `params`, in place."""
+    for i, (x, x_before, delta) in enumerate(zip(params, before, deltas, strict=True)):
+        start = x_before.to(delta.dtype)
+        update = x.to(delta.dtype) - start
+        step = (new_scale - old_scale) * delta + new_scale * update
+        delta += update
+        if compensations is None:
+            x.copy_(start + step)
+        else:
+            lost = compensations[i].to(delta.dtype)
+            start += torch.where((start + lost).to(x.dtype) == x_before, lost, 0.0)
+            target = start + step
+            x.copy_(target)
+            compensations[i].copy_(target - x)

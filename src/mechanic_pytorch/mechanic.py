@@ -1,0 +1,406 @@
+r"""Mechanic: any `torch.optim.Optimizer`, with the scale of its learning rate learned while it runs.
+
+The algorithm is Algorithm 1 of Cutkosky, Defazio and Mehta, "Mechanic: A Learning Rate Tuner", NeurIPS 2023,
+arXiv 2306.00144. Symbols: x parameters, g gradient, u the update of the base optimizer (which would go to x + u),
+x_ref the parameters at the first step, delta the sum of all updates so far, n the number of betas. The vectors m, v, r,
+s have n entries and start at 0. One step:
+
+    h     = <delta, g + s_decay * sum(s) * |g| * x / |x|>        measure: everything at x, before the base moves
+    m     = max(beta * m, |h|)                                   tune
+    v     = beta^2 * v + h^2
+    r     = max(0, beta * r - s * h)
+    s     = ((s_init / n) * m + r) / (sqrt(v) + eps)
+    delta = delta + u                                            base step, then move
+    x     = x_ref + sum(s) * delta
+
+Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
+both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
+never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
+between steps. The file `docs/deviations.md` lists where this differs from other implementations, and why.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from inspect import Parameter, signature
+from typing import Any, ClassVar, TypeGuard, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mechanic_pytorch import _state, kernels
+from mechanic_pytorch._config import Config, LogFunc
+from mechanic_pytorch._state import Bucket, TunerState
+
+__all__ = ["Mechanic", "is_mechanized", "mechanize"]
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+
+def mechanize(
+    Base: type[OptimizerT],
+    s_decay: float = 0.01,
+    betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
+    s_init: float = 1e-8,
+    eps: float = 1e-8,
+    store_delta: bool = False,
+    log_func: LogFunc | None = None,
+    log_every: int = 0,
+    *,
+    skip_nonfinite: bool = True,
+) -> type[OptimizerT]:
+    """Return a class like `Base` whose learning-rate scale is learned.
+
+    The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`. With lr=1.0 it needs no
+    tuning; schedules, ratios between group learning rates and weight decay keep their meaning, and everything is
+    multiplied by the learned scale. The same arguments give the same class.
+
+    Args:
+        Base: an optimizer class, not an instance.
+        s_decay: lambda in the paper, a decay of the scale, without unit. Helps on small data; 0.0 is fine on large.
+        betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
+        s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
+            costs a few steps, too large may diverge.
+        eps: added to sqrt(v), in units of h (update times gradient).
+        store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
+            that False promises and is as accurate as the two of True.
+        log_func: called with `{"iter_count": t, "s": scale}`; None logs through `logging.getLogger("mechanic_pytorch")`
+            at level INFO.
+        log_every: log every this many steps; 0 never does.
+        skip_nonfinite: leave everything as it was at a step whose gradient is not finite. This costs one host read
+            per step, or none with a base that takes `found_inf` (`fused=True`). False spares it: the base then does
+            what it always does with such a gradient; the tuner's vectors are protected either way.
+
+    Returns:
+        The class `Mechanized<Base>`.
+
+    Raises:
+        TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.
+        ValueError: an option breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import mechanize
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+
+    Source: arXiv 2306.00144, Algorithm 1.
+    """
+    if not (isinstance(Base, type) and issubclass(Base, Optimizer) and Base is not Optimizer):
+        raise TypeError(
+            f"mechanize: Base must be a subclass of torch.optim.Optimizer. Got {Base!r}. "
+            "Remedy: pass the class and call the result, as in mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)."
+        )
+    if issubclass(Base, Mechanic):
+        raise TypeError(
+            f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
+            "mechanize the plain class with the options you want."
+        )
+    config = Config(s_decay, betas, s_init, eps, store_delta, log_func, log_every, skip_nonfinite)  # type: ignore[arg-type]
+    return _class_for(Base, config)  # type: ignore[return-value]
+
+
+def is_mechanized(opt: object) -> TypeGuard[Mechanic]:
+    """Tell whether an optimizer was built by a class that `mechanize` returned.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import is_mechanized, mechanize
+        >>> params = [torch.zeros(3, requires_grad=True)]
+        >>> is_mechanized(mechanize(torch.optim.SGD)(params, lr=1.0)), is_mechanized(torch.optim.SGD(params, lr=1.0))
+        (True, False)
+    """
+    return isinstance(opt, Mechanic)
+
+
+class Mechanic(Optimizer):
+    """What all mechanized optimizers share. Made by `mechanize`, not by hand.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import Mechanic, mechanize
+        >>> optimizer = mechanize(torch.optim.SGD)([torch.zeros(3, requires_grad=True)], lr=1.0)
+        >>> isinstance(optimizer, Mechanic), isinstance(optimizer, torch.optim.SGD)
+        (True, True)
+    """
+
+    mechanic_config: ClassVar[Config]
+    _base_has_moved = False
+    _log_count: int | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Take one step of the base optimizer, rescaled.
+
+        Args:
+            closure: re-evaluates the model, with autograd on, and returns the loss. Its first evaluation happens before
+                the base sees it, at the same weights; the base evaluates it as often as it would by itself.
+            **kwargs: passed on to the base.
+
+        Returns:
+            What the base returns, usually the loss that the closure returned, else None.
+
+        If anything raises, parameters and tuner stay as they were.
+        """
+        loss, replay = _first_evaluation(closure) if closure is not None else (None, None)
+        buckets = _state.collect(self)
+        if not buckets:
+            return loss
+        config, kernel = self.mechanic_config, kernels.select()
+
+        old = _state.read_tuner(self, len(config.betas))
+        dots = old.scales.new_zeros(4)
+        for bucket in buckets:
+            part = kernel.measure(bucket.params, bucket.grads, bucket.deltas).to(dots)
+            dots += torch.cat([bucket.sign * part[:1], part[1:]])
+        new = tune(old, self._unscaled(dots), config)
+
+        skip = torch.stack(new).isfinite().all().logical_not()
+        if getattr(self, "found_inf", None) is not None:  # set by GradScaler
+            skip = skip | (self.found_inf.to(skip.device) > 0)
+        base_can_skip = getattr(self, "_step_supports_amp_scaling", False) and all(
+            group.get("fused") for group in self.param_groups
+        )
+        # A base that skips by itself still creates state at its first step, and not always with defined values.
+        must_ask = config.skip_nonfinite and (not base_can_skip or any(bucket.is_new for bucket in buckets))
+        if must_ask and skip.item():
+            self._count(skip)
+            return loss
+
+        base_step = _unhooked_step(super())
+        with _state.undone_on_error(self, buckets, whole_state=_requires_closure(base_step)) as before:
+            with self._telling_base_to_skip(skip if base_can_skip else None):
+                loss = base_step(**kwargs) if replay is None else base_step(replay, **kwargs)
+            if not self._base_has_moved and not skip.item():
+                self._check_that_base_moved(buckets, before)
+            new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
+            for bucket, bucket_before in zip(buckets, before, strict=True):
+                scales = (state.scales.sum().to(bucket.deltas[0]) for state in (old, new))
+                kernel.move(bucket.params, bucket_before, bucket.deltas, bucket.compensations or None, *scales)
+        _state.store(self, buckets)
+        for mine, value in zip(old, new, strict=True):
+            mine.copy_(value)
+        self._count(skip)
+        return loss
+
+    @property
+    def scale(self) -> Tensor:
+        """The learned scale, sum(s): a 0-d tensor on the parameters' device, >= 0, 0 before the second step."""
+        return _state.read_tuner(self, len(self.mechanic_config.betas)).scales.sum()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite. Reading it copies to the host."""
+        return int(self.param_groups[0][_state.SKIPPED_STEPS])
+
+    def effective_lr(self) -> list[float]:
+        """Return, for each parameter group, its current lr times the learned scale. Copies to the host.
+
+        This is the learning rate at which the plain base optimizer would now make steps of the same size. A base
+        without lr counts as lr 1.
+
+        Example:
+            >>> import torch
+            >>> from mechanic_pytorch import mechanize
+            >>> optimizer = mechanize(torch.optim.SGD)([torch.zeros(3, requires_grad=True)], lr=1.0)
+            >>> optimizer.effective_lr()
+            [0.0]
+        """
+        scale = float(self.scale)
+        return [float(group.get("lr", 1.0)) * scale for group in self.param_groups]
+
+    def reset(self) -> None:
+        """Start the tuner and the sums of updates anew from the current weights: a new task, new data.
+
+        The base's own state, such as momentum, stays.
+        """
+        _state.clear(self, len(self.mechanic_config.betas))
+        self._log_count = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as `torch.optim.Optimizer.add_param_group` does.
+
+        Raises:
+            ValueError: the group asks for `differentiable=True`.
+        """
+        super().add_param_group(param_group)
+        if self.param_groups[-1].get("differentiable"):
+            self.param_groups.pop()
+            raise ValueError(
+                f"{type(self).__name__}: differentiable must be False. Got True. Remedy: use the plain base to "
+                "differentiate through steps; Mechanic's step is not differentiable."
+            )
+        _state.attach_tuner(self, len(self.mechanic_config.betas))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict` does.
+
+        A checkpoint of the plain base loads too: the tuner then starts afresh.
+
+        Raises:
+            ValueError: the checkpoint does not fit, or its tuner has another number of betas. Nothing is changed.
+        """
+        n = len(self.mechanic_config.betas)
+        final: list[dict[str, Any]] = []
+
+        def see(optimizer: Optimizer, after_hooks: dict[str, Any]) -> None:
+            _state.check_loadable(type(self).__name__, after_hooks, n)
+            final.append(after_hooks)
+
+        handle = self.register_load_state_dict_pre_hook(see)  # the last hook: it sees what the others made
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        _state.restore_uncast(self, final[-1])
+        _state.attach_tuner(self, n)
+        self._log_count = None
+
+    def _unscaled(self, dots: Tensor) -> Tensor:
+        """Undo the loss scale of a GradScaler that left it to the base: two sums hold g once or twice."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is None:
+            return dots
+        inverse = 1.0 / grad_scale.to(dots)
+        one = torch.ones_like(inverse)
+        return dots * torch.stack([inverse, one, inverse * inverse, one])
+
+    @contextmanager
+    def _telling_base_to_skip(self, skip: Tensor | None) -> Iterator[None]:
+        """Let a base that looks at `found_inf` find ours there, and a GradScaler its own again afterwards."""
+        if skip is None:
+            yield
+            return
+        theirs = {"found_inf": self.found_inf} if hasattr(self, "found_inf") else {}
+        try:
+            self.found_inf = skip.to(torch.float32)
+            yield
+        finally:
+            del self.found_inf
+            vars(self).update(theirs)
+
+    def _check_that_base_moved(self, buckets: list[Bucket], before: list[list[Tensor]]) -> None:
+        """Warn once if rounding swallows the base's first update; asked until an update was due, then never again."""
+        if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
+            return  # warm-up from zero
+        moved = active = 0
+        for bucket, copies in zip(buckets, before, strict=True):
+            moved += sum(int((x != old).sum()) for x, old in zip(bucket.params, copies, strict=True))
+            active += sum(int(g.count_nonzero()) for g in bucket.grads)
+        if active == 0:
+            return
+        self._base_has_moved = True
+        if moved < 0.1 * active:
+            warnings.warn(
+                f"{type(self).__name__}: the base optimizer's update changed only {moved} of {active} weights that "
+                f"have a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. "
+                f"Got lr={[group.get('lr') for group in self.param_groups]}. Remedy: pass lr=1.0, or larger; "
+                "Mechanic finds the scale.",
+                stacklevel=5,
+            )
+
+    def _count(self, skip: Tensor) -> None:
+        home, config = self.param_groups[0], self.mechanic_config
+        home[_state.STEPS] += 1
+        home[_state.SKIPPED_STEPS] += skip
+        if not config.log_every:
+            return
+        self._log_count = int(home[_state.STEPS]) if self._log_count is None else self._log_count + 1
+        if self._log_count % config.log_every == 0:
+            (config.log_func or _log)({"iter_count": self._log_count, "s": float(self.scale)})
+
+
+def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
+    """Return the tuner's next state: Algorithm 1, lines 7 to 14.
+
+    Args:
+        state: the vectors m, v, r, s.
+        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (4,), before the base's step.
+        config: s_decay, betas, s_init, eps.
+    """
+    m, v, r, s = state
+    delta_g, delta_x, g_squared, x_squared = dots.unbind()
+    beta = torch.tensor(config.betas, dtype=s.dtype, device=s.device)
+    x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
+
+    h = delta_g + config.s_decay * s.sum() * g_squared.sqrt() * (delta_x / x_norm)
+    m = torch.maximum(beta * m, h.abs())
+    v = beta.square() * v + h.square()
+    r = (beta * r - s * h).clamp_min(0.0)
+    wealth = config.s_init / len(config.betas) * m + r
+    s = torch.where(wealth > 0, wealth / (v.sqrt() + config.eps), 0.0)
+    return TunerState(m, v, r, s)
+
+
+# --- making classes ---------------------------------------------------------------------------------------------------
+
+_classes: WeakValueDictionary[tuple[type, Config], type[Mechanic]] = WeakValueDictionary()
+
+
+def _class_for(base: type[Optimizer], config: Config) -> type[Mechanic]:
+    found = _classes.get((base, config))
+    if found is None:
+        name = f"Mechanized{base.__name__}"
+        doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
+        body = {"__doc__": doc, "__module__": __name__, "mechanic_config": config, "_mechanized_base": base}
+        found = _classes.setdefault((base, config), _metaclass(type(base))(name, (Mechanic, base), body))
+    return found
+
+
+@cache
+def _metaclass(base_metaclass: type) -> type:
+    """Return a metaclass that pickles a class made here as the call that makes it."""
+    metaclass = type("MechanizedType", (base_metaclass,), {"__module__": __name__})
+    copyreg.pickle(metaclass, _reduce_class)  # type: ignore[arg-type]
+    return metaclass
+
+
+def _reduce_class(cls: type[Mechanic]) -> str | tuple[Callable[..., type], tuple[type, Config]]:
+    if "_mechanized_base" not in vars(cls):
+        return cls.__qualname__  # somebody's own subclass: found by its name, like any class
+    return _class_for, (vars(cls)["_mechanized_base"], cls.mechanic_config)
+
+
+# --- calling the base -------------------------------------------------------------------------------------------------
+
+
+def _unhooked_step(base: Any) -> Callable[..., Any]:
+    """Return the base's step without the hooks that torch wraps around it, which have fired for ours already."""
+    bound = base.step
+    function = bound.__func__
+    while getattr(function, "hooked", False):
+        function = function.__wrapped__
+    return function.__get__(bound.__self__)  # type: ignore[no-any-return]
+
+
+def _requires_closure(step: Callable[..., Any]) -> bool:
+    closure = signature(step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
+
+
+def _first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+    """Evaluate the closure, and return its loss and a closure that begins by repeating that answer."""
+    with torch.enable_grad():
+        loss = closure()
+    pending = [loss]
+
+    def replay() -> Any:
+        if pending:
+            return pending.pop()
+        with torch.enable_grad():
+            return closure()
+
+    return loss, replay
+
+
+def _log(data: dict[str, Any]) -> None:
+    logging.getLogger("mechanic_pytorch").info("iter_count=%(iter_count)d s=%(s).6e", data)

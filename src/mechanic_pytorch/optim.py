@@ -1,0 +1,30 @@
+"""Every optimizer of `torch.optim`, mechanized with default options, under an importable name.
+
+`mechanic_pytorch.optim.AdamW` is `mechanize(torch.optim.AdamW)`, so that a configuration file can name it.
+
+Example:
+    >>> import mechanic_pytorch.optim, torch
+    >>> mechanic_pytorch.optim.AdamW is mechanic_pytorch.mechanize(torch.optim.AdamW)
+    True
+"""
+
+from typing import Any
+
+import torch
+
+from mechanic_pytorch.mechanic import mechanize
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+
+
+def __getattr__(name: str) -> Any:
+    base = None if name.startswith("_") else getattr(torch.optim, name, None)
+    if not _is_optimizer(base):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: torch.optim has no optimizer of that name")
+    return mechanize(base)  # type: ignore[type-var]
+
+
+def __dir__() -> list[str]:
+    return sorted(name for name, value in vars(torch.optim).items() if _is_optimizer(value))
