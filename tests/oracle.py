@@ -9,7 +9,9 @@ import numpy as np
 class Oracle:
     """Runs Mechanic with x_ref and delta both kept, one line of code per line of the algorithm."""
 
-    def __init__(self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), s_init=1e-8, eps=1e-8):
+    def __init__(
+        self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), s_init=1e-8, eps=1e-8
+    ):
         self.x_ref = [np.array(xi, dtype=np.float64) for xi in x]
         self.x = [xi.copy() for xi in self.x_ref]
         self.delta = [np.zeros_like(xi) for xi in self.x_ref]

@@ -96,9 +96,10 @@ def mechanize(
     Source: arXiv 2306.00144, Algorithm 1.
     """
     if not (isinstance(Base, type) and issubclass(Base, Optimizer) and Base is not Optimizer):
+        got = f"an instance of {type(Base).__name__}" if isinstance(Base, Optimizer) else repr(Base)
         raise TypeError(
-            f"mechanize: Base must be a subclass of torch.optim.Optimizer. Got {Base!r}. "
-            "Remedy: pass the class and call the result, as in mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)."
+            f"mechanize: Base must be a subclass of torch.optim.Optimizer. Got {got}. "
+            "Remedy: pass the class and call the result: mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)."
         )
     if issubclass(Base, Mechanic):
         raise TypeError(
@@ -134,6 +135,7 @@ class Mechanic(Optimizer):
     """
 
     mechanic_config: ClassVar[Config]
+    found_inf: Tensor  # there only while a GradScaler, or our own step, tells the base whether to skip
     _base_has_moved = False
     _log_count: int | None = None
 
@@ -352,7 +354,8 @@ def _class_for(base: type[Optimizer], config: Config) -> type[Mechanic]:
         name = f"Mechanized{base.__name__}"
         doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
         body = {"__doc__": doc, "__module__": __name__, "mechanic_config": config, "_mechanized_base": base}
-        found = _classes.setdefault((base, config), _metaclass(type(base))(name, (Mechanic, base), body))
+        metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
+        found = _classes.setdefault((base, config), metaclass(name, (Mechanic, base), body))
     return found
 
 
@@ -360,7 +363,7 @@ def _class_for(base: type[Optimizer], config: Config) -> type[Mechanic]:
 def _metaclass(base_metaclass: type) -> type:
     """Return a metaclass that pickles a class made here as the call that makes it."""
     metaclass = type("MechanizedType", (base_metaclass,), {"__module__": __name__})
-    copyreg.pickle(metaclass, _reduce_class)  # type: ignore[arg-type]
+    copyreg.pickle(metaclass, _reduce_class)
     return metaclass
 
 

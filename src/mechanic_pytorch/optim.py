@@ -8,22 +8,22 @@ Example:
     True
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from mechanic_pytorch.mechanic import mechanize
 
 
-def _is_optimizer(value: object) -> bool:
+def _is_optimizer(value: object) -> TypeGuard[type[torch.optim.Optimizer]]:
     return isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
 
 
 def __getattr__(name: str) -> Any:
     base = None if name.startswith("_") else getattr(torch.optim, name, None)
     if not _is_optimizer(base):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: torch.optim has no optimizer of that name")
-    return mechanize(base)  # type: ignore[type-var]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, for torch.optim has no such optimizer")
+    return mechanize(base)
 
 
 def __dir__() -> list[str]:

@@ -37,7 +37,9 @@ __all__ = ["KERNELS", "Kernel", "select"]
 class Kernel(Protocol):
     """What a kernel module offers."""
 
-    def measure(self, params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor: ...
+    def measure(self, params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+        """Return the four sums."""
+        ...
 
     def move(
         self,
@@ -47,7 +49,9 @@ class Kernel(Protocol):
         compensations: Sequence[Tensor] | None,
         old_scale: Tensor,
         new_scale: Tensor,
-    ) -> None: ...
+    ) -> None:
+        """Rescale the base's step, in place."""
+        ...
 
 
 KERNELS: dict[str, Kernel] = {"foreach": foreach, "for_loop": for_loop}

@@ -33,7 +33,8 @@ def move(
             x.copy_(start + step)
         else:
             lost = compensations[i].to(delta.dtype)
-            start += torch.where((start + lost).to(x.dtype) == x_before, lost, 0.0)
+            # It can be half a spacing of x, which rounds either way, but never more; three quarters of it round back.
+            start += torch.where((start + 0.75 * lost).to(x.dtype) == x_before, lost, 0.0)
             target = start + step
             x.copy_(target)
             compensations[i].copy_(target - x)

@@ -43,7 +43,7 @@ def move(
         torch._foreach_add_(params, step)
     else:
         lost = [compensation.to(dtype) for compensation in compensations]
-        unrounded = torch._foreach_add(start, lost)
+        unrounded = torch._foreach_add(start, lost, alpha=0.75)  # see for_loop
         overwritten = [u.to(x.dtype) != x for u, x in zip(unrounded, before, strict=True)]
         for tensor, mask in zip(lost, overwritten, strict=True):
             tensor.masked_fill_(mask, 0.0)

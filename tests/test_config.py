@@ -1,0 +1,78 @@
+"""Every bad option is refused when the class is made, by name, rule, value and remedy."""
+
+import math
+
+import pytest
+import torch
+
+from mechanic_pytorch import Mechanic, mechanize
+
+BAD = [
+    ({"s_init": 0.0}, ValueError, "s_init must be a finite number > 0. Got 0.0."),
+    ({"s_init": -1e-8}, ValueError, "s_init must be a finite number > 0. Got -1e-08."),
+    ({"s_init": math.inf}, ValueError, "s_init must be a finite number > 0. Got inf."),
+    ({"s_init": math.nan}, ValueError, "s_init must be a finite number > 0. Got nan."),
+    ({"s_init": "auto"}, TypeError, "s_init must be a finite number > 0. Got 'auto'."),
+    ({"s_init": True}, TypeError, "s_init must be a finite number > 0. Got True."),
+    ({"betas": ()}, ValueError, "betas must be a non-empty sequence of numbers in [0, 1). Got ()."),
+    ({"betas": 0.9}, TypeError, "betas must be a non-empty sequence of numbers in [0, 1). Got 0.9."),
+    ({"betas": "0.9"}, TypeError, "betas must be a non-empty sequence of numbers in [0, 1). Got '0.9'."),
+    ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must be in [0, 1). Got 1.0."),
+    ({"betas": (1.5,)}, ValueError, "betas[0] must be in [0, 1). Got 1.5."),
+    ({"betas": (-0.1,)}, ValueError, "betas[0] must be in [0, 1). Got -0.1."),
+    ({"betas": (math.nan,)}, ValueError, "betas[0] must be in [0, 1). Got nan."),
+    ({"betas": ("0.9",)}, TypeError, "betas[0] must be in [0, 1). Got '0.9'."),
+    ({"s_decay": -0.01}, ValueError, "s_decay must be a finite number >= 0. Got -0.01."),
+    ({"s_decay": None}, TypeError, "s_decay must be a finite number >= 0. Got None."),
+    ({"eps": -1e-8}, ValueError, "eps must be a finite number >= 0. Got -1e-08."),
+    ({"eps": math.inf}, ValueError, "eps must be a finite number >= 0. Got inf."),
+    ({"store_delta": 1}, TypeError, "store_delta must be True or False. Got 1."),
+    ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be True or False. Got None."),
+    ({"log_func": 3}, TypeError, "log_func must be a function of one dict, or None. Got 3."),
+    ({"log_every": -1}, ValueError, "log_every must be an integer >= 0. Got -1."),
+    ({"log_every": 1.5}, TypeError, "log_every must be an integer >= 0. Got 1.5."),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error) as caught:
+        mechanize(torch.optim.SGD, **options)
+    assert str(caught.value).startswith(f"mechanize: {message} Remedy: ")
+
+
+@pytest.mark.parametrize(
+    "base",
+    [torch.optim.SGD([torch.zeros(1)]), torch.nn.Linear, "AdamW", None, torch.optim.Optimizer],
+    ids=["instance", "module", "name", "None", "Optimizer"],
+)
+def test_only_optimizer_classes_are_mechanized(base):
+    with pytest.raises(
+        TypeError, match=r"^mechanize: Base must be a subclass of torch\.optim\.Optimizer\. Got .*Remedy"
+    ):
+        mechanize(base)
+
+
+def test_a_mechanized_class_is_not_mechanized_again():
+    once = mechanize(torch.optim.SGD)
+    for base in (once, Mechanic, type("Mine", (once,), {})):
+        with pytest.raises(TypeError, match=r"^mechanize: Base must not be mechanized already\. Got .*Remedy"):
+            mechanize(base)
+
+
+def test_options_that_mean_the_same_give_the_same_class():
+    import numpy as np
+
+    cls = mechanize(torch.optim.SGD, s_decay=0.0, betas=(0.9, 0.999))
+    assert mechanize(torch.optim.SGD, s_decay=0, betas=[0.9, 0.999]) is cls
+    assert mechanize(torch.optim.SGD, s_decay=np.float64(0), betas=np.array([0.9, 0.999])) is cls
+    assert mechanize(torch.optim.SGD, betas=(0.9, 0.999)) is not cls
+
+
+def test_a_callable_need_not_be_hashable():
+    class Log(list):
+        def __call__(self, data):
+            self.append(data)
+
+    log = Log()
+    assert mechanize(torch.optim.SGD, log_func=log) is mechanize(torch.optim.SGD, log_func=log)
