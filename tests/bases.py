@@ -1,0 +1,50 @@
+"""Every optimizer of torch.optim, with what it needs to train: tables that several tests walk through."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from mechanic_pytorch import mechanize
+from problems import SparseClassifier, mlp
+
+
+@dataclass
+class Case:
+    base: type
+    options: dict = field(default_factory=dict)
+    model: object = mlp
+    closure: bool = False
+
+    def build(self, **mechanic_options):
+        """Return a new model and its mechanized optimizer at lr=1.0."""
+        model = self.model()
+        return model, mechanize(self.base, **mechanic_options)(model.parameters(), lr=1.0, **self.options)
+
+
+CASES = {
+    "SGD": Case(torch.optim.SGD),
+    "SGD_momentum": Case(torch.optim.SGD, {"momentum": 0.9}),
+    "SGD_fused": Case(torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+    "Adam": Case(torch.optim.Adam),
+    "AdamW": Case(torch.optim.AdamW),
+    "AdamW_amsgrad": Case(torch.optim.AdamW, {"amsgrad": True}),
+    "AdamW_foreach": Case(torch.optim.AdamW, {"foreach": True}),
+    "AdamW_fused": Case(torch.optim.AdamW, {"fused": True}),
+    "AdamW_bfloat16": Case(torch.optim.AdamW, model=partial(mlp, torch.bfloat16)),
+    "AdamW_float64": Case(torch.optim.AdamW, model=partial(mlp, torch.float64)),
+    "NAdam": Case(torch.optim.NAdam),
+    "RAdam": Case(torch.optim.RAdam),
+    "RMSprop": Case(torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+    "Rprop": Case(torch.optim.Rprop),
+    "Adagrad": Case(torch.optim.Adagrad),
+    "Adagrad_fused": Case(torch.optim.Adagrad, {"fused": True}),
+    "Adadelta": Case(torch.optim.Adadelta),
+    "Adamax": Case(torch.optim.Adamax),
+    "ASGD": Case(torch.optim.ASGD),
+    "Adafactor": Case(torch.optim.Adafactor),
+    "Muon": Case(torch.optim.Muon, model=partial(mlp, bias=False)),
+    "LBFGS": Case(torch.optim.LBFGS, {"max_iter": 4, "line_search_fn": "strong_wolfe"}, closure=True),
+    "SGD_closure": Case(torch.optim.SGD, {"momentum": 0.9}, closure=True),
+    "SparseAdam": Case(torch.optim.SparseAdam, model=SparseClassifier),
+}

@@ -1,0 +1,65 @@
+"""Small real problems that many tests train on."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+
+_images, _labels = load_digits(return_X_y=True)
+IMAGES, LABELS = torch.tensor(_images / 16, dtype=torch.float32), torch.tensor(_labels)
+
+
+def batch(t, size=64):
+    """Return the t-th batch: images of handwritten digits and their labels. The same at every call."""
+    i = torch.randint(len(LABELS), (size,), generator=torch.Generator().manual_seed(t))
+    return IMAGES[i], LABELS[i]
+
+
+class SparseClassifier(torch.nn.Module):
+    """Each pixel's grey level (0 to 16) looks up a row of a table; its gradient is sparse on demand."""
+
+    def __init__(self, sparse=True):
+        super().__init__()
+        self.table = torch.nn.EmbeddingBag(64 * 17, 10, mode="sum", sparse=sparse)
+        torch.nn.init.zeros_(self.table.weight)
+
+    def forward(self, images):
+        return self.table((images * 16).round().long() + 17 * torch.arange(64))
+
+
+def mlp(dtype=torch.float32, bias=True, seed=0):
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(64, 32, bias=bias), torch.nn.ReLU(), torch.nn.Linear(32, 10, bias=bias)
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def loss_of(model, t, size=64):
+    images, labels = batch(t, size)
+    dtype = next(model.parameters()).dtype
+    outputs = model(images.to(dtype))
+    return F.cross_entropy(outputs if dtype == torch.float64 else outputs.float(), labels)
+
+
+def train(model, optimizer, steps, first=0, scheduler=None, closure=False):
+    """Train for the given batches; return the losses."""
+    losses = []
+    for t in range(first, first + steps):
+
+        def evaluate(t=t):
+            optimizer.zero_grad()
+            loss = loss_of(model, t)
+            loss.backward()
+            return loss
+
+        losses.append((optimizer.step(evaluate) if closure else evaluate()).item())
+        if not closure:
+            optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return losses
+
+
+def full_loss(model):
+    """Return the loss over all 1,797 images."""
+    with torch.no_grad():
+        dtype = next(model.parameters()).dtype
+        return float(F.cross_entropy(model(IMAGES.to(dtype)).float(), LABELS))

@@ -1,0 +1,67 @@
+"""The shape of the house: what imports what, how long the one file is, that every public name is documented."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mechanic_pytorch
+import mechanic_pytorch.optim
+
+PACKAGE = Path(mechanic_pytorch.__file__).parent
+ALLOWED = {
+    "__init__": {"mechanic"},
+    "_config": set(),
+    "_state": set(),
+    "kernels": set(),
+    "mechanic": {"_config", "_state", "kernels"},
+    "optim": {"mechanic"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imports(path):
+            top, *rest = name.split(".")
+            if top == "mechanic_pytorch":
+                assert rest[0] in ALLOWED[room] | {room}, f"{path.name} imports {name}"
+            else:
+                assert top == "torch" or top in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import torch, sys; before = set(sys.modules); import mechanic_pytorch\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "assert new == {'mechanic_pytorch'}, new"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_file_that_teaches_the_algorithm_is_short():
+    """Lines of code: no blank lines, comments or docstrings."""
+    tree = ast.parse((PACKAGE / "mechanic.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    assert len(ast.unparse(tree).splitlines()) <= 260
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for name in mechanic_pytorch.__all__:
+        assert "Example:\n" in getattr(mechanic_pytorch, name).__doc__, name
+    public = [value for name, value in vars(mechanic_pytorch.Mechanic).items() if not name.startswith("_")]
+    documented = [value for value in public if callable(value) or isinstance(value, property)]
+    assert len(documented) >= 7
+    assert all(value.__doc__ for value in documented)
+    assert "Example:\n" in mechanic_pytorch.optim.__doc__

@@ -1,0 +1,106 @@
+"""Every optimizer of torch.optim works as a base."""
+
+from inspect import signature
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mechanic_pytorch.optim
+from bases import CASES
+from mechanic_pytorch import is_mechanized, mechanize
+from problems import IMAGES, LABELS, full_loss, mlp, train
+
+STOCHASTIC = [name for name in CASES if name != "LBFGS"]
+
+
+def test_the_table_names_every_optimizer_of_torch():
+    assert {case.base.__name__ for case in CASES.values()} == set(dir(mechanic_pytorch.optim))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_trains_at_lr_1_with_default_options(name):
+    case = CASES[name]
+    model, optimizer = case.build()
+    assert is_mechanized(optimizer)
+    assert isinstance(optimizer, case.base)
+    start = full_loss(model)
+    train(model, optimizer, 200, closure=case.closure)
+    assert start > 2.2
+    assert full_loss(model) < 0.5
+    assert optimizer.skipped_steps == 0
+
+
+def test_lbfgs_trains_on_the_full_batch():
+    """Its steps are made for the deterministic case: on mini-batches the plain LBFGS does not train either."""
+    model, optimizer = CASES["LBFGS"].build()
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(IMAGES), LABELS)
+        loss.backward()
+        return loss
+
+    for _ in range(60):
+        loss = optimizer.step(closure)
+    assert loss.item() < 0.5
+    assert all(calls)
+
+
+@pytest.mark.parametrize("name", [name for name in STOCHASTIC if name != "SGD_closure"])
+def test_maximizes_when_asked_to(name):
+    """Maximizing f and minimizing -f are the same run, to the bit."""
+    case = CASES[name]
+    if "maximize" not in signature(case.base).parameters:
+        pytest.skip(f"{case.base.__name__} has no option maximize")
+    weights, scales = [], []
+    for maximize in (False, True):
+        model = case.model()
+        optimizer = mechanize(case.base)(model.parameters(), lr=1.0, maximize=maximize, **case.options)
+        for t in range(40):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(IMAGES[t::40].to(next(model.parameters()).dtype)).double(), LABELS[t::40])
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+        scales.append(optimizer.scale)
+    assert scales[0] > 1e-8
+    assert torch.equal(scales[0], scales[1])
+    assert torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(
+    "flags", [{"capturable": True}, {"foreach": True}, {"fused": True}, {"fused": True, "amsgrad": True}]
+)
+def test_flags_do_not_change_the_result(flags):
+    if flags.get("capturable") and not torch.accelerator.is_available():
+        pytest.skip("capturable needs an accelerator: torch's AdamW itself refuses it on CPU tensors")
+    results = []
+    for options in (flags, {"amsgrad": flags.get("amsgrad", False), "foreach": False}):
+        model = mlp(torch.float64)
+        optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0, **options)
+        train(model, optimizer, 30)
+        results.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
+
+
+def test_tensor_learning_rate():
+    results = []
+    for lr in (1.0, torch.tensor(1.0)):
+        model = mlp()
+        optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=lr, foreach=False)
+        train(model, optimizer, 30)
+        results.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+        assert optimizer.effective_lr() == [float(optimizer.scale)]
+    torch.testing.assert_close(*results)
+
+
+def test_differentiable_is_refused():
+    with pytest.raises(ValueError, match=r"^MechanizedSGD: differentiable must be False\. Got True\. Remedy: "):
+        mechanize(torch.optim.SGD)(mlp().parameters(), lr=1.0, differentiable=True)
+    optimizer = mechanize(torch.optim.SGD)(mlp().parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="differentiable"):
+        optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "differentiable": True})
+    assert len(optimizer.param_groups) == 1

@@ -1,0 +1,189 @@
+"""Closures, and what is left behind when something raises."""
+
+import copy
+
+import pytest
+import torch
+
+from bases import CASES
+from mechanic_pytorch import mechanize
+from problems import full_loss, loss_of, mlp, train
+from test_resume import assert_identical
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["SGD_momentum", "AdamW", "AdamW_fused"])
+def test_a_closure_changes_nothing(name):
+    runs = []
+    for closure in (False, True):
+        model, optimizer = CASES[name].build()
+        runs.append((train(model, optimizer, 20, closure=closure), model.state_dict(), optimizer.state_dict()))
+    assert_identical(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("surrounding", [torch.no_grad, torch.enable_grad])
+def test_evaluated_once_with_autograd_on(surrounding):
+    model, optimizer = CASES["AdamW"].build()
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    with surrounding():
+        mode = torch.is_grad_enabled()
+        loss = optimizer.step(closure)
+        assert torch.is_grad_enabled() == mode
+    assert calls == [True]
+    assert loss.item() == loss_of(mlp(), 0).item()
+
+
+def test_lbfgs_gets_the_evaluations_that_it_asks_for():
+    """The first step of Mechanic moves nothing, so the plain base evaluates as often as the mechanized one."""
+    counts = []
+    for wrap in (lambda base: base, mechanize):
+        model = mlp()
+        optimizer = wrap(torch.optim.LBFGS)(model.parameters(), lr=1.0, max_iter=5)
+        calls = []
+
+        def closure(model=model, optimizer=optimizer, calls=calls):
+            calls.append(torch.is_grad_enabled())
+            optimizer.zero_grad()
+            loss = loss_of(model, 0)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        counts.append(calls)
+    assert counts[0] == counts[1] == [True] * len(counts[0])
+    assert len(counts[0]) > 1
+
+
+def test_lbfgs_without_a_closure_says_what_the_plain_one_says():
+    model, optimizer = CASES["LBFGS"].build()
+    loss_of(model, 0).backward()
+    before = snapshot(model, optimizer)
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step()
+    assert_identical(snapshot(model, optimizer), before)
+
+
+class DeliberateError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("trained", [0, 3])
+@pytest.mark.parametrize(
+    ("name", "when"), [("SGD_closure", 1), ("AdamW_fused", 1), ("LBFGS", 1), ("LBFGS", 2), ("LBFGS", 3)]
+)
+def test_an_exception_in_the_closure_leaves_everything_as_it_was(name, trained, when, grad):
+    """At the first evaluation, or at a later one: LBFGS is then in the middle of its line search."""
+    case = CASES[name]
+    model, optimizer = case.build()
+    train(model, optimizer, trained, closure=True)
+    before, calls = snapshot(model, optimizer), []
+
+    def closure():
+        calls.append(None)
+        if len(calls) == when:
+            raise DeliberateError
+        optimizer.zero_grad()
+        loss = loss_of(model, trained)
+        loss.backward()
+        return loss
+
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(DeliberateError):
+            optimizer.step(closure)
+        assert torch.is_grad_enabled() == grad
+    assert_identical(snapshot(model, optimizer), before)
+    # Training goes on as if nothing had happened.
+    twin, other = case.build()
+    train(twin, other, trained, closure=True)
+    assert train(model, optimizer, 3, first=trained, closure=True) == train(twin, other, 3, trained, closure=True)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_exception_in_the_base_leaves_parameters_and_state_as_they_were(grad):
+    """torch's Adam refuses sparse gradients, after it has begun to fill the state of the parameters before them."""
+    dense, sparse = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = mechanize(torch.optim.Adam)([dense, sparse], lr=1.0)
+    dense.grad, sparse.grad = torch.ones(3), torch.ones(3, 2).to_sparse(1)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            optimizer.step()
+        assert torch.is_grad_enabled() == grad
+    assert not optimizer.state
+    assert dense.tolist() == [1.0] * 3
+    assert optimizer.param_groups[0]["mechanic_steps"] == 0
+    assert not hasattr(optimizer, "found_inf")
+
+
+class Half(torch.optim.SGD):
+    """Steps, and then fails on demand: the parameters have moved by then."""
+
+    fail = False
+
+    def step(self, closure=None):
+        super().step(closure)
+        if self.fail:
+            raise DeliberateError
+
+
+def test_an_exception_after_the_base_has_moved_puts_the_parameters_back():
+    model = mlp()
+    optimizer = mechanize(Half, s_init=1e-3)(model.parameters(), lr=1.0)
+    train(model, optimizer, 5)
+    before = snapshot(model, optimizer)
+    optimizer.fail = True
+    with pytest.raises(DeliberateError):
+        train(model, optimizer, 1)
+    assert_identical(snapshot(model, optimizer), before)
+
+
+def test_an_exception_while_moving_puts_the_parameters_back(monkeypatch):
+    from mechanic_pytorch.kernels import foreach
+
+    model = mlp()
+    optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=1.0)
+    train(model, optimizer, 5)
+    before = snapshot(model, optimizer)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreach, "move", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(model, optimizer, 1)
+    assert_identical(snapshot(model, optimizer), before)
+
+
+def test_an_exception_in_log_func_comes_after_a_complete_step():
+    def fail(data):
+        raise DeliberateError
+
+    model, twin = mlp(), mlp()
+    optimizer = mechanize(torch.optim.SGD, log_func=fail, log_every=1)(model.parameters(), lr=1.0)
+    with pytest.raises(DeliberateError):
+        train(model, optimizer, 1)
+    other = mechanize(torch.optim.SGD)(twin.parameters(), lr=1.0)
+    train(twin, other, 1)
+    assert_identical(snapshot(model, optimizer), snapshot(twin, other))
+
+
+def test_a_scaler_that_hands_over_found_inf_finds_it_again():
+    model, optimizer = CASES["AdamW_fused"].build()
+    train(model, optimizer, 2)
+    found_inf = torch.zeros(())
+    optimizer.found_inf = found_inf
+    train(model, optimizer, 1)
+    assert optimizer.found_inf is found_inf
+    assert full_loss(model) > 0

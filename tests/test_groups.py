@@ -1,0 +1,232 @@
+"""Parameter groups, freezing, missing gradients, and parameters of every shape and kind."""
+
+import pytest
+import torch
+
+from mechanic_pytorch import mechanize
+from problems import full_loss, mlp, train
+
+
+def quadratic(params, targets):
+    loss = sum(((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True))
+    loss.backward()
+    return loss
+
+
+def parameters(*shapes, dtype=torch.float64):
+    return [torch.ones(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def step(optimizer, *gradients):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = None if g is None else torch.full_like(p, g)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_group_added_mid_run_is_scaled_like_the_others(base):
+    a, b = parameters(3, 2)
+    optimizer = mechanize(base, s_init=0.1)([a], lr=1.0)
+    for _ in range(5):
+        step(optimizer, 1.0)
+    scale = float(optimizer.scale)
+    optimizer.add_param_group({"params": [b], "lr": 0.5})
+    assert float(optimizer.scale) == scale > 0
+    before = b.detach().clone()
+    step(optimizer, 1.0, 1.0)
+    update = optimizer.state[b]["mechanic_delta"]
+    torch.testing.assert_close(b.detach() - before, optimizer.scale * update)
+    assert optimizer.effective_lr() == [float(optimizer.scale), 0.5 * float(optimizer.scale)]
+
+
+def test_learning_rate_ratios_between_groups_are_kept():
+    """Two equal parameters whose groups differ by a factor 10 in lr move in the ratio 10."""
+    a, b = parameters(3, 3)
+    optimizer = mechanize(torch.optim.SGD, s_init=0.01)([{"params": [a]}, {"params": [b], "lr": 0.1}], lr=1.0)
+    for _ in range(20):
+        step(optimizer, 1.0, 1.0)
+    torch.testing.assert_close(1 - a, 10 * (1 - b))
+    assert (a < 1).all()
+
+
+def test_weight_decay_per_group_is_kept():
+    a, b = parameters(3, 3)
+    groups = [{"params": [a], "weight_decay": 0.5}, {"params": [b], "weight_decay": 0.0}]
+    optimizer = mechanize(torch.optim.SGD, s_init=0.01)(groups, lr=1.0)
+    for _ in range(3):
+        step(optimizer, 1.0, 1.0)
+    torch.testing.assert_close(optimizer.state[b]["mechanic_delta"], torch.full((3,), -3.0, dtype=torch.float64))
+    assert (optimizer.state[a]["mechanic_delta"] < -4).all()
+
+
+def test_a_group_with_learning_rate_zero_stays():
+    a, b = parameters(3, 3)
+    optimizer = mechanize(torch.optim.SGD, s_init=0.1)([{"params": [a]}, {"params": [b], "lr": 0.0}], lr=1.0)
+    for _ in range(5):
+        step(optimizer, 1.0, 1.0)
+    assert torch.equal(b.detach(), torch.ones(3, dtype=torch.float64))
+    assert (a != 1).all()
+
+
+def test_a_parameter_without_gradient_stays_and_takes_no_part():
+    """The tuner's sums, norms included, run over the parameters that have a gradient."""
+    a, b = parameters(3, 2)
+    optimizer = mechanize(torch.optim.SGD, s_decay=0.5, s_init=0.1)([a, b], lr=1.0)
+    for _ in range(4):
+        step(optimizer, 1.0, 1.0)
+    before, delta = b.detach().clone(), optimizer.state[b]["mechanic_delta"].clone()
+    a.grad, b.grad = torch.ones_like(a), None
+    with torch.no_grad():
+        delta_a, scale = optimizer.state[a]["mechanic_delta"], optimizer.scale
+        h = (delta_a * (a.grad + 0.5 * scale * a.grad.norm() * a / a.norm())).sum()
+    v = optimizer.param_groups[0]["mechanic_sum_squared_products"].clone()
+    optimizer.step()
+    beta = torch.tensor(optimizer.mechanic_config.betas, dtype=torch.float64)
+    torch.testing.assert_close(optimizer.param_groups[0]["mechanic_sum_squared_products"], beta**2 * v + h**2)
+    assert torch.equal(b.detach(), before)
+    assert torch.equal(optimizer.state[b]["mechanic_delta"], delta)
+
+
+def test_a_parameter_that_paused_goes_on_from_where_it_is():
+    """No leap to where it would be now: what it missed while the scale changed is not made up for."""
+    a, b = parameters(3, 2)
+    optimizer = mechanize(torch.optim.SGD, s_init=1e-3)([a, b], lr=1.0)
+    for _ in range(4):
+        step(optimizer, 1.0, 1.0)
+    for _ in range(10):
+        step(optimizer, 1.0, None)
+    old_scale, before, delta = float(optimizer.scale), b.detach().clone(), optimizer.state[b]["mechanic_delta"].clone()
+    step(optimizer, 1.0, 1.0)
+    new_scale = float(optimizer.scale)
+    torch.testing.assert_close(b.detach(), before + new_scale * (delta - 1.0) - old_scale * delta)
+
+
+def test_layers_frozen_at_first_and_unfrozen_later():
+    model = mlp()
+    model[0].requires_grad_(False)
+    first = model[0].weight.detach().clone()
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+    train(model, optimizer, 60)
+    assert torch.equal(model[0].weight, first)
+    assert model[0].weight not in optimizer.state
+    model[0].requires_grad_(True)
+    train(model, optimizer, 200)  # the new layer is a shock: the scale falls to its start, and is found again
+    assert not torch.equal(model[0].weight, first)
+    assert full_loss(model) < 0.5
+
+
+def test_reset_softens_unfreezing():
+    """What the head has learned is kept, and the scale is found for the whole model."""
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+    train(model, optimizer, 100)
+    frozen = full_loss(model)
+    model[0].requires_grad_(True)
+    optimizer.reset()
+    losses = train(model, optimizer, 150, first=100)
+    assert max(losses) < 2 * frozen + 0.5
+    assert full_loss(model) < frozen
+
+
+def test_no_gradient_at_all_is_a_no_op():
+    (a,) = parameters(3)
+    optimizer = mechanize(torch.optim.AdamW)([a], lr=1.0)
+    assert optimizer.step() is None
+    step(optimizer, 1.0)
+    state = {key: value.clone() for key, value in optimizer.state[a].items()}
+    home = dict(optimizer.param_groups[0])
+    a.grad = None
+    optimizer.step()
+    assert all(torch.equal(optimizer.state[a][key], value) for key, value in state.items())
+    assert all(home[key] is value or torch.equal(home[key], value) for key, value in optimizer.param_groups[0].items())
+
+
+def test_tied_parameters_count_once():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)).double()
+    model[1].weight = model[0].weight
+    alone = torch.nn.Parameter(model[0].weight.detach().clone())
+    tied = mechanize(torch.optim.SGD, s_init=0.1)(model.parameters(), lr=1.0)
+    single = mechanize(torch.optim.SGD, s_init=0.1)([alone], lr=1.0)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    for _ in range(5):
+        tied.zero_grad()
+        single.zero_grad()
+        model(x).square().mean().backward()
+        (x @ alone.T @ alone.T).square().mean().backward()
+        tied.step()
+        single.step()
+    torch.testing.assert_close(model[1].weight, alone)
+
+
+def awkward(dtype=torch.float64):
+    """Return leaf parameters of every awkward layout."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn((), dtype=dtype),
+        torch.empty(0, dtype=dtype),
+        torch.randn(3, 0, dtype=dtype),
+        torch.randn(5, 3, dtype=dtype).t(),
+        torch.randn(6, 4, dtype=dtype)[::2, 1:3],
+        torch.randn(2, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last),
+    ]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_layout_does_not_matter(base):
+    runs = []
+    for params in (awkward(), [p.detach().contiguous().requires_grad_() for p in awkward()]):
+        optimizer = mechanize(base, s_init=1e-2)(params, lr=1.0)
+        for t in range(20):
+            optimizer.zero_grad()
+            quadratic(params, [torch.full_like(p, 0.1 * t) for p in params])
+            optimizer.step()
+        runs.append((params, optimizer.scale))
+    (strided, scale), (contiguous, expected) = runs
+    torch.testing.assert_close(scale, expected)
+    for p, q in zip(strided, contiguous, strict=True):
+        torch.testing.assert_close(p, q)
+    assert strided[-1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mixed_dtypes_share_one_tuner():
+    """Parameters of four dtypes at once give about the trajectory of float64 ones."""
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    runs = []
+    for kinds in (dtypes, [torch.float64] * 4):
+        params = [torch.ones(4, dtype=dtype, requires_grad=True) for dtype in kinds]
+        optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(params, lr=1.0)
+        for _ in range(30):
+            optimizer.zero_grad()
+            quadratic(params, [torch.full_like(p, 0.5) for p in params])
+            optimizer.step()
+        assert optimizer.scale.dtype == torch.float64
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=0.01, atol=0.01)
+    assert all((p < 0.9).all() for p in runs[1])
+
+
+def test_named_parameters():
+    model = mlp()
+    optimizer = mechanize(torch.optim.AdamW)(model.named_parameters(), lr=1.0)
+    train(model, optimizer, 5)
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_listed_twice_is_counted_once():
+    (a,) = parameters(3)
+    optimizer = mechanize(torch.optim.SGD, s_init=0.1)([a, a], lr=1.0)
+    a.grad = torch.ones_like(a)
+    optimizer.step()
+    assert optimizer.state[a]["mechanic_delta"].tolist() == [-2.0] * 3  # torch's base steps it twice
+
+
+def test_a_group_without_parameters():
+    (a,) = parameters(3)
+    optimizer = mechanize(torch.optim.SGD)([{"params": []}, {"params": [a]}], lr=1.0)
+    step(optimizer, 1.0)
+    assert optimizer.effective_lr() == [0.0, 0.0]

@@ -1,0 +1,114 @@
+"""It starts: at any base learning rate, in any precision, and it says so where it cannot."""
+
+import warnings
+from functools import cache, partial
+
+import pytest
+import torch
+
+from mechanic_pytorch import mechanize
+from problems import IMAGES, LABELS, full_loss, mlp, train
+
+
+def accuracy(model):
+    with torch.no_grad():
+        return float((model(IMAGES.to(next(model.parameters()).dtype)).argmax(1) == LABELS).float().mean())
+
+
+@cache
+def run(lr, dtype, steps=300, base=torch.optim.AdamW, **options):
+    model = mlp(dtype)
+    losses = train(model, mechanize(base)(model.parameters(), lr=lr, **options), steps)
+    return losses, accuracy(model), full_loss(model)
+
+
+@pytest.mark.parametrize("exponent", range(-6, 7))
+def test_learns_in_300_steps_at_any_base_learning_rate(exponent):
+    """Ten classes: 10% by chance. The smaller the base lr, the later it starts, for s_init is an absolute number."""
+    _, acc, _ = run(10.0**exponent, torch.float32)
+    assert acc > (0.95 if exponent >= -2 else 0.5)
+
+
+@pytest.mark.parametrize("exponent", range(-6, 7))
+def test_float32_makes_the_progress_of_float64(exponent):
+    """Over the first 60 steps the two losses differ by at most 2% of the progress made so far."""
+    float32, float64 = run(10.0**exponent, torch.float32)[0][:60], run(10.0**exponent, torch.float64)[0][:60]
+    progress = float64[0] - min(float64)
+    for a, b in zip(float32, float64, strict=True):
+        assert abs(a - b) <= max(0.02 * progress, 1e-5)
+
+
+BASES = {
+    "adamw": (partial(run, base=torch.optim.AdamW), 1.0),
+    "momentum": (partial(run, base=torch.optim.SGD, momentum=0.9), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_bfloat16_parameters_learn_as_float32_ones_do(name):
+    experiment, lr = BASES[name]
+    _, acc, loss = experiment(lr, torch.bfloat16)
+    _, acc32, loss32 = experiment(lr, torch.float32)
+    assert acc32 > 0.95
+    assert acc > acc32 - 0.01
+    assert loss < 1.15 * loss32
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"eps": 1e-4}), (torch.optim.Adagrad, {"eps": 1e-4})],
+    ids=["momentum", "adamw", "adagrad"],
+)
+def test_float16_parameters_learn_where_the_plain_base_can(base, options):
+    """Adam's default eps, 1e-8, is 0 in float16: the plain base itself divides by zero then."""
+    _, acc, _ = run(1.0, torch.float16, base=base, **options)
+    assert acc > 0.95
+
+
+def test_warns_once_when_the_update_is_lost_in_rounding():
+    model = mlp(torch.bfloat16)
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-8)
+    with pytest.warns(UserWarning, match=r"^MechanizedAdamW: .* lost in rounding.* Remedy: pass lr=1\.0") as caught:
+        train(model, optimizer, 1)
+    assert len(caught) == 1
+    assert caught[0].filename.endswith("problems.py")  # where the user's code calls step
+    train(model, optimizer, 5)  # warnings are errors here
+
+
+@pytest.mark.parametrize("lr", [1.0, 1e-6])
+def test_does_not_warn_when_the_base_moves(lr):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(lr, torch.float32, steps=2)
+
+
+def test_does_not_warn_during_warm_up_from_zero_but_after_it():
+    model = mlp(torch.bfloat16)
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-7)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 10)
+    train(model, optimizer, 1, scheduler=scheduler)
+    with pytest.warns(UserWarning, match="lost in rounding"):
+        train(model, optimizer, 1, scheduler=scheduler)
+
+
+def test_a_zero_gradient_is_no_reason_to_warn():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD)([p], lr=1.0)
+    for _ in range(3):
+        p.grad = torch.zeros(3)
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_tuner_does_not_follow_the_parameters_dtype(dtype):
+    model = mlp(dtype)
+    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    train(model, optimizer, 3)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert optimizer.scale.dtype == expected
+    for p in model.parameters():
+        assert p.dtype == dtype
+        assert optimizer.state[p]["mechanic_delta"].dtype == expected
+        assert ("mechanic_compensation" in optimizer.state[p]) == (dtype.itemsize < 4)
