@@ -158,8 +158,9 @@ def make_notes(plain: list[Run], mechanized: list[Run], data: Digits) -> list[st
 
 
 def is_held_back(run: Run, good: list[Run]) -> bool:
-    """Tell whether a mechanized run lies below all good ones, in base learning rate and in what it learned."""
-    return bool(good) and all(run.base_lr < other.base_lr and run.peak_lr < other.peak_lr for other in good)
+    """Tell whether a mechanized run lies below all good ones, lr=1.0 among them, in its base lr and what it learned."""
+    lr_one_is_good = any(other.base_lr == 1.0 for other in good)
+    return lr_one_is_good and all(run.base_lr < other.base_lr and run.peak_lr < other.peak_lr for other in good)
 
 
 def percent(run: Run) -> str:

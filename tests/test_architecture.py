@@ -11,10 +11,11 @@ import mechanic_pytorch.optim
 PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
     "__init__": {"mechanic"},
+    "_base": set(),
     "_config": set(),
     "_state": set(),
     "kernels": set(),
-    "mechanic": {"_config", "_state", "kernels"},
+    "mechanic": {"_base", "_config", "_state", "kernels"},
     "optim": {"mechanic"},
 }
 
@@ -54,7 +55,7 @@ def test_the_file_that_teaches_the_algorithm_is_short():
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-    assert len(ast.unparse(tree).splitlines()) <= 260
+    assert len(ast.unparse(tree).splitlines()) <= 180
 
 
 def test_every_public_name_has_a_docstring_with_an_example():

@@ -144,6 +144,25 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def check_group(who: str, group: dict[str, Any]) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: `differentiable=True`.
+        NotImplementedError: sharded parameters.
+    """
+    if group.get("differentiable"):
+        raise ValueError(
+            f"{who}: differentiable must be False. Got True. Remedy: use the plain base to differentiate through "
+            "steps; Mechanic's step is not differentiable."
+        )
+    if any(hasattr(p, "device_mesh") for p in group["params"]):
+        raise NotImplementedError(
+            f"{who}: parameters must be whole tensors. Got a DTensor, as FSDP2 and tensor parallelism make them. "
+            "Remedy: use DDP, or the plain base, until this package sums its inner products over shards."
+        )
+
+
 # --- checkpoints and failures -----------------------------------------------------------------------------------------
 
 

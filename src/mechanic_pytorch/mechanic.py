@@ -24,10 +24,9 @@ from __future__ import annotations
 import copyreg
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
-from inspect import Parameter, signature
 from typing import Any, ClassVar, TypeGuard, TypeVar
 from weakref import WeakValueDictionary
 
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _state, kernels
+from mechanic_pytorch import _base, _state, kernels
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import Bucket, TunerState
 
@@ -153,38 +152,38 @@ class Mechanic(Optimizer):
 
         If anything raises, parameters and tuner stay as they were.
         """
-        loss, replay = _first_evaluation(closure) if closure is not None else (None, None)
+        loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
         buckets = _state.collect(self)
         if not buckets:
             return loss
         config, kernel = self.mechanic_config, kernels.select()
 
+        # Measure.
         old = _state.read_tuner(self, len(config.betas))
         dots = old.scales.new_zeros(4)
         for bucket in buckets:
             part = kernel.measure(bucket.params, bucket.grads, bucket.deltas).to(dots)
             dots += torch.cat([bucket.sign * part[:1], part[1:]])
-        new = tune(old, self._unscaled(dots), config)
 
+        # Tune.
+        new = tune(old, _base.unscaled(self, dots), config)
         skip = torch.stack(new).isfinite().all().logical_not()
-        if getattr(self, "found_inf", None) is not None:  # set by GradScaler
+        if hasattr(self, "found_inf"):  # a GradScaler has looked already
             skip = skip | (self.found_inf.to(skip.device) > 0)
-        base_can_skip = getattr(self, "_step_supports_amp_scaling", False) and all(
-            group.get("fused") for group in self.param_groups
-        )
-        # A base that skips by itself still creates state at its first step, and not always with defined values.
-        must_ask = config.skip_nonfinite and (not base_can_skip or any(bucket.is_new for bucket in buckets))
-        if must_ask and skip.item():
+        base_skips = _base.skips_by_itself(self)
+        # Even such a base creates state at its first step, and not always with defined values.
+        if config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets)) and skip.item():
             self._count(skip)
             return loss
+        new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
 
-        base_step = _unhooked_step(super())
-        with _state.undone_on_error(self, buckets, whole_state=_requires_closure(base_step)) as before:
-            with self._telling_base_to_skip(skip if base_can_skip else None):
+        # Base step and move.
+        base_step = _base.unhooked_step(super())
+        with _state.undone_on_error(self, buckets, whole_state=_base.requires_closure(base_step)) as before:
+            with _base.found_inf(self, skip) if base_skips else nullcontext():
                 loss = base_step(**kwargs) if replay is None else base_step(replay, **kwargs)
             if not self._base_has_moved and not skip.item():
                 self._check_that_base_moved(buckets, before)
-            new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
             for bucket, bucket_before in zip(buckets, before, strict=True):
                 scales = (state.scales.sum().to(bucket.deltas[0]) for state in (old, new))
                 kernel.move(bucket.params, bucket_before, bucket.deltas, bucket.compensations or None, *scales)
@@ -233,14 +232,14 @@ class Mechanic(Optimizer):
 
         Raises:
             ValueError: the group asks for `differentiable=True`.
+            NotImplementedError: a parameter is a `DTensor`, one process's part of a larger tensor.
         """
         super().add_param_group(param_group)
-        if self.param_groups[-1].get("differentiable"):
+        try:
+            _state.check_group(type(self).__name__, self.param_groups[-1])
+        except Exception:
             self.param_groups.pop()
-            raise ValueError(
-                f"{type(self).__name__}: differentiable must be False. Got True. Remedy: use the plain base to "
-                "differentiate through steps; Mechanic's step is not differentiable."
-            )
+            raise
         _state.attach_tuner(self, len(self.mechanic_config.betas))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -266,29 +265,6 @@ class Mechanic(Optimizer):
         _state.restore_uncast(self, final[-1])
         _state.attach_tuner(self, n)
         self._log_count = None
-
-    def _unscaled(self, dots: Tensor) -> Tensor:
-        """Undo the loss scale of a GradScaler that left it to the base: two sums hold g once or twice."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is None:
-            return dots
-        inverse = 1.0 / grad_scale.to(dots)
-        one = torch.ones_like(inverse)
-        return dots * torch.stack([inverse, one, inverse * inverse, one])
-
-    @contextmanager
-    def _telling_base_to_skip(self, skip: Tensor | None) -> Iterator[None]:
-        """Let a base that looks at `found_inf` find ours there, and a GradScaler its own again afterwards."""
-        if skip is None:
-            yield
-            return
-        theirs = {"found_inf": self.found_inf} if hasattr(self, "found_inf") else {}
-        try:
-            self.found_inf = skip.to(torch.float32)
-            yield
-        finally:
-            del self.found_inf
-            vars(self).update(theirs)
 
     def _check_that_base_moved(self, buckets: list[Bucket], before: list[list[Tensor]]) -> None:
         """Warn once if rounding swallows the base's first update; asked until an update was due, then never again."""
@@ -322,12 +298,24 @@ class Mechanic(Optimizer):
 
 
 def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
-    """Return the tuner's next state: Algorithm 1, lines 7 to 14.
+    """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
 
     Args:
-        state: the vectors m, v, r, s.
+        state: the vectors m, v, r, s, shape (n,) each.
         dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (4,), before the base's step.
         config: s_decay, betas, s_init, eps.
+
+    Returns:
+        The next state, in the dtype and on the device of the old one, which is not changed.
+
+    Example:
+        >>> import torch
+        >>> config, start = Config(betas=(0.9, 0.99)), TunerState(*torch.zeros(4, 2))
+        >>> state = tune(start, torch.tensor([-3.0, 0.0, 1.0, 1.0]), config)
+        >>> state.max_product.tolist(), f"{state.scales.sum():.0e}"
+        ([3.0, 3.0], '1e-08')
+
+    Source: arXiv 2306.00144, Algorithm 1.
     """
     m, v, r, s = state
     delta_g, delta_x, g_squared, x_squared = dots.unbind()
@@ -371,38 +359,6 @@ def _reduce_class(cls: type[Mechanic]) -> str | tuple[Callable[..., type], tuple
     if "_mechanized_base" not in vars(cls):
         return cls.__qualname__  # somebody's own subclass: found by its name, like any class
     return _class_for, (vars(cls)["_mechanized_base"], cls.mechanic_config)
-
-
-# --- calling the base -------------------------------------------------------------------------------------------------
-
-
-def _unhooked_step(base: Any) -> Callable[..., Any]:
-    """Return the base's step without the hooks that torch wraps around it, which have fired for ours already."""
-    bound = base.step
-    function = bound.__func__
-    while getattr(function, "hooked", False):
-        function = function.__wrapped__
-    return function.__get__(bound.__self__)  # type: ignore[no-any-return]
-
-
-def _requires_closure(step: Callable[..., Any]) -> bool:
-    closure = signature(step).parameters.get("closure")
-    return closure is not None and closure.default is Parameter.empty
-
-
-def _first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
-    """Evaluate the closure, and return its loss and a closure that begins by repeating that answer."""
-    with torch.enable_grad():
-        loss = closure()
-    pending = [loss]
-
-    def replay() -> Any:
-        if pending:
-            return pending.pop()
-        with torch.enable_grad():
-            return closure()
-
-    return loss, replay
 
 
 def _log(data: dict[str, Any]) -> None:

@@ -1,0 +1,74 @@
+"""How the base optimizer is called: without hooks that have fired already, with what it expects to find."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def unhooked_step(base: Any) -> Callable[..., Any]:
+    """Return the bound `step` of `base` (a `super()`) without the wrapper that torch puts around it.
+
+    torch wraps `Base.step` in hooks and a profiler record as soon as one plain `Base` exists. Those of the mechanized
+    step have fired for both.
+    """
+    bound = base.step
+    function = bound.__func__
+    while getattr(function, "hooked", False):
+        function = function.__wrapped__
+    return function.__get__(bound.__self__)  # type: ignore[no-any-return]
+
+
+def requires_closure(step: Callable[..., Any]) -> bool:
+    """Tell whether a base cannot step without a closure, which means that it evaluates it more than once (LBFGS)."""
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+    """Evaluate the closure with autograd on; return its loss, and a closure that begins by repeating that answer."""
+    with torch.enable_grad():
+        loss = closure()
+    pending = [loss]
+
+    def replay() -> Any:
+        if pending:
+            return pending.pop()
+        with torch.enable_grad():
+            return closure()
+
+    return loss, replay
+
+
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Tell whether the base looks at `found_inf`, the tensor by which a `GradScaler` asks it not to step."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return supports and all(group.get("fused") for group in optimizer.param_groups)
+
+
+@contextmanager
+def found_inf(optimizer: Any, skip: Tensor) -> Iterator[None]:
+    """Let the base find our `found_inf`, and a `GradScaler` its own again afterwards."""
+    theirs = {"found_inf": optimizer.found_inf} if hasattr(optimizer, "found_inf") else {}
+    optimizer.found_inf = skip.to(torch.float32)
+    try:
+        yield
+    finally:
+        del optimizer.found_inf
+        vars(optimizer).update(theirs)
+
+
+def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
+    """Undo the loss scale of a `GradScaler` that left it to the base: two of the four sums hold g, once and twice."""
+    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if grad_scale is None:
+        return dots
+    inverse = 1.0 / grad_scale.to(dots)
+    one = torch.ones_like(inverse)
+    return dots * torch.stack([inverse, one, inverse * inverse, one])
