@@ -63,8 +63,8 @@ def mechanize(
 
     Args:
         Base: an optimizer class, not an instance.
-        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. It weighs
-            in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
+        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. It
+            weighs in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
         s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
             costs a few steps, too large may diverge.
