@@ -75,6 +75,26 @@ def test_trains_with_a_scaler_that_overflows_at_first(name):
     assert torch.isfinite(optimizer.scale)
 
 
+@pytest.mark.parametrize("trained", [0, 3])
+def test_the_scaler_has_the_last_word(trained):
+    """It may have seen an overflow that somebody has since cleaned out of the gradients."""
+    model, optimizer = CASES["AdamW_fused"].build()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for t in range(trained):
+        scaled_step(model, optimizer, scaler, t)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(batch(9)[0]), batch(9)[1])).backward()
+    model[0].weight.grad[0, 0] = float("inf")
+    scaler.unscale_(optimizer)
+    model[0].weight.grad.nan_to_num_(posinf=0.0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert_identical(model.state_dict(), before)
+    assert optimizer.skipped_steps == 1
+
+
 def test_the_scaler_sees_whether_the_base_unscales():
     """The attribute that `GradScaler` asks for is that of the base."""
     for name in NAMES:

@@ -218,11 +218,17 @@ def test_named_parameters():
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 def test_a_parameter_listed_twice_is_counted_once():
-    (a,) = parameters(3)
-    optimizer = mechanize(torch.optim.SGD, s_init=0.1)([a, a], lr=1.0)
-    a.grad = torch.ones_like(a)
-    optimizer.step()
-    assert optimizer.state[a]["mechanic_delta"].tolist() == [-2.0] * 3  # torch's base steps it twice
+    """torch's base steps it twice, which for SGD is one step at twice the learning rate."""
+    runs = []
+    for copies, lr in ((2, 1.0), (1, 2.0)):
+        (a,) = parameters(3)
+        optimizer = mechanize(torch.optim.SGD, s_init=0.1)([a] * copies, lr=lr)
+        for _ in range(5):
+            a.grad = torch.ones_like(a)
+            optimizer.step()
+        runs.append((a, optimizer.state[a]["mechanic_delta"], optimizer.scale))
+    for twice, once in zip(*runs, strict=True):
+        torch.testing.assert_close(twice, once)
 
 
 def test_a_group_without_parameters():

@@ -63,8 +63,9 @@ def test_the_argument_is_not_changed(hs):
     assert all(torch.equal(a, b) for a, b in zip(state, copies, strict=True))
 
 
-def test_nothing_has_happened_without_a_product():
-    config = Config()
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_nothing_has_happened_without_a_product(eps):
+    config = Config(eps=eps)
     assert all((vector == 0).all() for vector in tune(fresh(config), dots(0.0), config))
 
 
