@@ -31,7 +31,7 @@ wheel: .venv/.dev ## build the wheel, install it alone into a clean environment,
 	$(BIN)/python -m build --wheel --outdir dist
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
-	cd dist && ../.venv-wheel/bin/python -W error ../tools/run_markdown.py ../README.md
+	cd dist && ../.venv-wheel/bin/python -W error -W 'ignore:Failed to initialize NumPy' ../tools/run_markdown.py ../README.md
 
 clean: ## remove everything that make made
 	rm -rf .venv .venv-wheel dist demo.png

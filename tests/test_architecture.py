@@ -10,7 +10,7 @@ import mechanic_pytorch.optim
 
 PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
-    "__init__": {"mechanic"},
+    "__init__": {"mechanic", "optim"},
     "_base": set(),
     "_config": set(),
     "_state": set(),
