@@ -12,11 +12,12 @@ PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
     "__init__": {"mechanic", "optim"},
     "_base": set(),
+    "_classes": {"_config"},
     "_config": set(),
     "_state": set(),
     "kernels": set(),
-    "mechanic": {"_base", "_config", "_state", "kernels"},
-    "optim": {"mechanic"},
+    "mechanic": {"_base", "_classes", "_config", "_state", "kernels"},
+    "optim": {"_classes", "mechanic"},
 }
 
 

@@ -68,6 +68,7 @@ def test_float16_parameters_learn_where_the_plain_base_can(base, options):
 def test_warns_once_when_the_update_is_lost_in_rounding():
     model = mlp(torch.bfloat16)
     optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-8)
+    train(model, optimizer, 15)  # a base may need a few steps before it moves anything
     with pytest.warns(UserWarning, match=r"^MechanizedAdamW: .* lost in rounding.* Remedy: pass lr=1\.0") as caught:
         train(model, optimizer, 1)
     assert len(caught) == 1
@@ -84,11 +85,33 @@ def test_does_not_warn_when_the_base_moves(lr):
 
 def test_does_not_warn_during_warm_up_from_zero_but_after_it():
     model = mlp(torch.bfloat16)
-    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-7)
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-12)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 10)
-    train(model, optimizer, 1, scheduler=scheduler)
+    train(model, optimizer, 16, scheduler=scheduler)
     with pytest.warns(UserWarning, match="lost in rounding"):
         train(model, optimizer, 1, scheduler=scheduler)
+
+
+def test_warns_at_once_when_most_of_the_update_is_lost():
+    """Some weights are so small that they move; nine out of ten do not."""
+    p = torch.full((100,), 1.0).index_fill(0, torch.arange(5), 1e-12).requires_grad_()
+    optimizer = mechanize(torch.optim.SGD)([p], lr=1e-9)
+    p.grad = torch.ones(100)
+    with pytest.warns(UserWarning, match="changed only 5 of 100 weights"):
+        optimizer.step()
+
+
+class Waiting(torch.optim.SGD):
+    """Only looks at its first ten gradients, as SOAP and others do."""
+
+    def step(self, closure=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().step(closure) if self.calls > 10 else None
+
+
+def test_does_not_warn_about_a_base_that_waits():
+    model = mlp()
+    train(model, mechanize(Waiting)(model.parameters(), lr=0.1), 30)
 
 
 def test_a_zero_gradient_is_no_reason_to_warn():

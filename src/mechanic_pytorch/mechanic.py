@@ -21,20 +21,18 @@ between steps. The file `docs/deviations.md` lists where this differs from other
 
 from __future__ import annotations
 
-import copyreg
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
 from typing import Any, ClassVar, TypeGuard, TypeVar
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch import _base, _state, kernels
+from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import Bucket, TunerState
 
@@ -107,7 +105,7 @@ def mechanize(
             "mechanize the plain class with the options you want."
         )
     config = Config(s_decay, betas, s_init, eps, store_delta, log_func, log_every, skip_nonfinite)  # type: ignore[arg-type]
-    return _class_for(Base, config)  # type: ignore[return-value]
+    return class_for(Mechanic, Base, config)  # type: ignore[return-value]
 
 
 def is_mechanized(opt: object) -> TypeGuard[Mechanic]:
@@ -137,6 +135,7 @@ class Mechanic(Optimizer):
     mechanic_config: ClassVar[Config]
     found_inf: Tensor  # there only while a GradScaler, or our own step, tells the base whether to skip
     _base_has_moved = False
+    _steps_without_move = 0
     _log_count: int | None = None
 
     @torch.no_grad()
@@ -269,20 +268,22 @@ class Mechanic(Optimizer):
 
     def _check_that_base_moved(self, buckets: list[Bucket], before: list[list[Tensor]]) -> None:
         """Warn once if rounding swallows the base's first update; asked until an update was due, then never again."""
-        if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
-            return  # warm-up from zero
+        lrs = [float(group.get("lr", 1.0)) for group in self.param_groups]
         moved = active = 0
         for bucket, copies in zip(buckets, before, strict=True):
             moved += sum(int((x != old).sum()) for x, old in zip(bucket.params, copies, strict=True))
             active += sum(int(g.count_nonzero()) for g in bucket.grads)
-        if active == 0:
-            return
+        if max(lrs) == 0 or active == 0:
+            return  # warm-up from zero; or nothing to follow
+        self._steps_without_move += moved == 0
+        if moved == 0 and self._steps_without_move <= 15:
+            return  # some bases, such as SOAP, only look at the first gradients
         self._base_has_moved = True
-        if moved < 0.1 * active:
+        if moved == 0 or (moved < 0.1 * active and max(lrs) < 1):
             warnings.warn(
                 f"{type(self).__name__}: the base optimizer's update changed only {moved} of {active} weights that "
                 f"have a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. "
-                f"Got lr={[group.get('lr') for group in self.param_groups]}. Remedy: pass lr=1.0, or larger; "
+                f"Got lr={lrs}. Remedy: pass lr=1.0, or larger; "
                 "Mechanic finds the scale.",
                 stacklevel=5,
             )
@@ -330,36 +331,6 @@ def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
     wealth = config.s_init / len(config.betas) * m + r
     s = torch.where(wealth > 0, wealth / (v.sqrt() + config.eps), 0.0)
     return TunerState(m, v, r, s)
-
-
-# --- making classes ---------------------------------------------------------------------------------------------------
-
-_classes: WeakValueDictionary[tuple[type, Config], type[Mechanic]] = WeakValueDictionary()
-
-
-def _class_for(base: type[Optimizer], config: Config) -> type[Mechanic]:
-    found = _classes.get((base, config))
-    if found is None:
-        name = f"Mechanized{base.__name__}"
-        doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
-        body = {"__doc__": doc, "__module__": __name__, "mechanic_config": config, "_mechanized_base": base}
-        metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
-        found = _classes.setdefault((base, config), metaclass(name, (Mechanic, base), body))
-    return found
-
-
-@cache
-def _metaclass(base_metaclass: type) -> type:
-    """Return a metaclass that pickles a class made here as the call that makes it."""
-    metaclass = type("MechanizedType", (base_metaclass,), {"__module__": __name__})
-    copyreg.pickle(metaclass, _reduce_class)
-    return metaclass
-
-
-def _reduce_class(cls: type[Mechanic]) -> str | tuple[Callable[..., type], tuple[type, Config]]:
-    if "_mechanized_base" not in vars(cls):
-        return cls.__qualname__  # somebody's own subclass: found by its name, like any class
-    return _class_for, (vars(cls)["_mechanized_base"], cls.mechanic_config)
 
 
 def _log(data: dict[str, Any]) -> None:

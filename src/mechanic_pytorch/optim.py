@@ -1,6 +1,7 @@
 """Every optimizer of `torch.optim`, mechanized with default options, under an importable name.
 
-`mechanic_pytorch.optim.AdamW` is `mechanize(torch.optim.AdamW)`, so that a configuration file can name it.
+`mechanic_pytorch.optim.AdamW` is `mechanize(torch.optim.AdamW)`, so that a configuration file can name it. So is
+`mechanic_pytorch.optim.MechanizedAdamW`, the name by which the class calls itself.
 
 Example:
     >>> import mechanic_pytorch.optim, torch
@@ -12,6 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from mechanic_pytorch._classes import class_named
 from mechanic_pytorch.mechanic import mechanize
 
 
@@ -20,10 +22,13 @@ def _is_optimizer(value: object) -> TypeGuard[type[torch.optim.Optimizer]]:
 
 
 def __getattr__(name: str) -> Any:
-    base = None if name.startswith("_") else getattr(torch.optim, name, None)
-    if not _is_optimizer(base):
+    base = vars(torch.optim).get(name.removeprefix("Mechanized"))
+    if _is_optimizer(base):
+        return mechanize(base)
+    made = class_named(name)  # of another base, or with other options: known to this process alone
+    if made is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}, for torch.optim has no such optimizer")
-    return mechanize(base)
+    return made
 
 
 def __dir__() -> list[str]:

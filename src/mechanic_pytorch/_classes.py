@@ -1,0 +1,59 @@
+"""The classes that `mechanize` makes: made once, found by name, pickled as the call that makes them."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from functools import cache
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+from torch.optim import Optimizer
+
+from mechanic_pytorch._config import Config
+
+_made: WeakValueDictionary[tuple[type, Config], type[Optimizer]] = WeakValueDictionary()
+_serial_number = count(1)
+
+
+def class_for(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:
+    """Return the subclass of `mixin` and `base` with these options, the same one at every call.
+
+    It lives in `mechanic_pytorch.optim` under the name that it bears, for tools that write classes down or ship them to
+    other processes import them by name.
+    """
+    found = _made.get((base, config))
+    if found is None:
+        name = f"Mechanized{base.__name__}"
+        of_torch = config == Config() and vars(torch.optim).get(base.__name__) is base
+        doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
+        body = {
+            "__doc__": doc,
+            "__module__": "mechanic_pytorch.optim",
+            "__qualname__": name if of_torch else f"{name}_{next(_serial_number)}",
+            "mechanic_config": config,
+            "_mechanic_made_from": (mixin, base, config),
+        }
+        metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
+        found = _made.setdefault((base, config), metaclass(name, (mixin, base), body))
+    return found
+
+
+def class_named(qualname: str) -> type[Optimizer] | None:
+    """Return the living class of that name, if there is one in this process."""
+    return next((cls for cls in list(_made.values()) if cls.__qualname__ == qualname), None)
+
+
+@cache
+def _metaclass(base_metaclass: type) -> type:
+    """Return a metaclass by which pickle knows the classes made here."""
+    metaclass = type("MechanizedType", (base_metaclass,), {"__module__": __name__})
+    copyreg.pickle(metaclass, _reduce)
+    return metaclass
+
+
+def _reduce(cls: type[Optimizer]) -> str | tuple[Callable[..., type], tuple[object, ...]]:
+    if "_mechanic_made_from" not in vars(cls):
+        return cls.__qualname__  # somebody's own subclass: found by its name, like any class
+    return class_for, vars(cls)["_mechanic_made_from"]
