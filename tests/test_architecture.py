@@ -14,9 +14,10 @@ ALLOWED = {
     "_base": set(),
     "_classes": {"_config"},
     "_config": set(),
-    "_state": set(),
+    "_state": {"distributed"},
+    "distributed": set(),
     "kernels": set(),
-    "mechanic": {"_base", "_classes", "_config", "_state", "kernels"},
+    "mechanic": {"_base", "_classes", "_config", "_state", "distributed", "kernels"},
     "optim": {"_classes", "mechanic"},
 }
 

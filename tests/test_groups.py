@@ -236,19 +236,3 @@ def test_a_group_without_parameters():
     optimizer = mechanize(torch.optim.SGD)([{"params": []}, {"params": [a]}], lr=1.0)
     step(optimizer, 1.0)
     assert optimizer.effective_lr() == [0.0, 0.0]
-
-
-def test_sharded_parameters_are_refused():
-    """Each process would learn a scale of its own."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        p = torch.nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,))))
-        with pytest.raises(
-            NotImplementedError, match=r"^MechanizedSGD: parameters must be whole tensors\. Got a DTensor"
-        ):
-            mechanize(torch.optim.SGD)([p], lr=1.0)
-    finally:
-        dist.destroy_process_group()

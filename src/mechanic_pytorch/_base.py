@@ -65,10 +65,15 @@ def found_inf(optimizer: Any, skip: Tensor) -> Iterator[None]:
 
 
 def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
-    """Undo the loss scale of a `GradScaler` that left it to the base: two of the four sums hold g, once and twice."""
+    """Do what a `GradScaler` left to the base, to the four sums.
+
+    Two of them hold g, once and twice, and are divided by the loss scale. All become NaN if the scaler has found an
+    overflow: the step is then skipped, by all processes that add up these sums.
+    """
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if grad_scale is None:
-        return dots
-    inverse = 1.0 / grad_scale.to(dots)
-    one = torch.ones_like(inverse)
-    return dots * torch.stack([inverse, one, inverse * inverse, one])
+    if grad_scale is not None:
+        inverse = 1.0 / grad_scale.to(dots)
+        one = torch.ones_like(inverse)
+        dots = dots * torch.stack([inverse, one, inverse * inverse, one])
+    overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+    return dots if overflow is None else torch.where(overflow.to(dots.device) > 0, torch.nan, dots)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NoReturn
 
+from torch.distributed import ProcessGroup
+
 LogFunc = Callable[[dict[str, Any]], object]
 
 
@@ -27,6 +29,7 @@ class Config:
     log_func: LogFunc | None = field(default=None, hash=False)
     log_every: int = 0
     skip_nonfinite: bool = True
+    process_group: ProcessGroup | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         # Numbers become plain floats so that equal options always give the same (cached) class.
@@ -43,6 +46,10 @@ class Config:
             _refuse(TypeError, "log_every", "an integer >= 0", self.log_every, "0 never logs")
         if self.log_every < 0:
             _refuse(ValueError, "log_every", "an integer >= 0", self.log_every, "0 never logs")
+
+    def shared(self) -> dict[str, object]:
+        """Return the options in which all processes of a sharded run must agree."""
+        return {name: getattr(self, name) for name in ("s_decay", "betas", "s_init", "eps", "skip_nonfinite")}
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
+
+from mechanic_pytorch.distributed import Spread, local, spread
 
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
@@ -84,12 +87,14 @@ _TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
 
 @dataclass
 class Bucket:
-    """Parameters that have a gradient and share a device, a dtype and a direction, as kernels take them.
+    """Parameters that have a gradient and share a device, a dtype, a direction and a spread, as kernels take them.
 
     `owners` are the parameters themselves; the other lists hold plain, dense, real tensors that share their memory
-    (a complex parameter appears as its real view; a sparse gradient, alone, is a dense copy).
+    (a complex parameter appears as its real view, a sharded one as its local part; a sparse gradient, alone, is a dense
+    copy).
     """
 
+    spread: Spread  # the process groups that hold the other parts
     sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
     owners: list[Tensor] = field(default_factory=list)
     state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
@@ -100,31 +105,43 @@ class Bucket:
     is_new: bool = False  # some parameter takes part for the first time
 
 
-def collect(optimizer: Optimizer) -> list[Bucket]:
-    """Sort the parameters that have a gradient into buckets, each parameter once."""
-    buckets: dict[tuple[torch.device, torch.dtype, float], Bucket] = {}
+def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[list[Bucket], list[Spread]]:
+    """Sort the parameters that have a gradient into buckets, each parameter once.
+
+    Args:
+        optimizer: the optimizer.
+        process_group: the group over which plain tensors are parts of larger ones, or None.
+
+    Returns:
+        The buckets, and how any of the parameters, with or without gradient, are spread over processes.
+    """
+    buckets: dict[tuple[torch.device, torch.dtype, Spread, float], Bucket] = {}
+    spreads: dict[Spread, None] = {}
     seen: set[Tensor] = set()
     for group in optimizer.param_groups:
         sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
         for p in group["params"]:
+            over = spread(p, process_group)
+            spreads[over] = None
             if p.grad is None or p in seen:
                 continue
             seen.add(p)
-            bucket = buckets.setdefault((p.device, p.dtype, sign), Bucket(sign))
+            bucket = buckets.setdefault((p.device, p.dtype, over, sign), Bucket(over, sign))
             stored = optimizer.state.get(p, {})
             bucket.is_new |= DELTA not in stored
             dtype = accumulator_dtype(p.dtype)
             kept = {DELTA: _kept(stored, DELTA, p, dtype.to_complex() if p.is_complex() else dtype)}
             bucket.owners.append(p)
             bucket.state.append(kept)
-            bucket.params.append(_real(p))
-            bucket.grads.append(_real(p.grad if p.grad.layout is torch.strided else p.grad.to_dense()))
-            bucket.deltas.append(_real(kept[DELTA]))
+            grad = local(p.grad, like=p)
+            bucket.params.append(_real(local(p)))
+            bucket.grads.append(_real(grad if grad.layout is torch.strided else grad.to_dense()))
+            bucket.deltas.append(_real(local(kept[DELTA])))
             if p.dtype.itemsize < 4:
                 # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
                 kept[COMPENSATION] = _kept(stored, COMPENSATION, p, torch.bfloat16)
-                bucket.compensations.append(kept[COMPENSATION])
-    return list(buckets.values())
+                bucket.compensations.append(local(kept[COMPENSATION]))
+    return list(buckets.values()), list(spreads)
 
 
 def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
@@ -149,17 +166,11 @@ def check_group(who: str, group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: `differentiable=True`.
-        NotImplementedError: sharded parameters.
     """
     if group.get("differentiable"):
         raise ValueError(
             f"{who}: differentiable must be False. Got True. Remedy: use the plain base to differentiate through "
             "steps; Mechanic's step is not differentiable."
-        )
-    if any(hasattr(p, "device_mesh") for p in group["params"]):
-        raise NotImplementedError(
-            f"{who}: parameters must be whole tensors. Got a DTensor, as FSDP2 and tensor parallelism make them. "
-            "Remedy: use DDP, or the plain base, until this package sums its inner products over shards."
         )
 
 

@@ -29,12 +29,14 @@ from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from mechanic_pytorch import _base, _state, kernels
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import Bucket, TunerState
+from mechanic_pytorch.distributed import check_agreement, sum_over_processes
 
 __all__ = ["Mechanic", "is_mechanized", "mechanize"]
 
@@ -52,6 +54,7 @@ def mechanize(
     log_every: int = 0,
     *,
     skip_nonfinite: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> type[OptimizerT]:
     """Return a class like `Base` whose learning-rate scale is learned.
 
@@ -75,6 +78,9 @@ def mechanize(
         skip_nonfinite: leave everything as it was at a step whose gradient is not finite. This costs one host read
             per step, or none with a base that takes `found_inf` (`fused=True`). False spares it: the base then does
             what it always does with such a gradient; the tuner's vectors are protected either way.
+        process_group: the group whose processes hold the other parts of plain tensors that are parts of larger ones, or
+            other parameters of the same model: FSDP1, `ZeroRedundancyOptimizer`, pipeline stages. A `DTensor` (FSDP2,
+            tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
 
     Returns:
         The class `Mechanized<Base>`.
@@ -104,7 +110,7 @@ def mechanize(
             f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
             "mechanize the plain class with the options you want."
         )
-    config = Config(s_decay, betas, s_init, eps, store_delta, log_func, log_every, skip_nonfinite)  # type: ignore[arg-type]
+    config = Config(s_decay, betas, s_init, eps, store_delta, log_func, log_every, skip_nonfinite, process_group)  # type: ignore[arg-type]
     return class_for(Mechanic, Base, config)  # type: ignore[return-value]
 
 
@@ -137,6 +143,7 @@ class Mechanic(Optimizer):
     _base_has_moved = False
     _steps_without_move = 0
     _log_count: int | None = None
+    _options_compared = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -153,23 +160,26 @@ class Mechanic(Optimizer):
         If anything raises, parameters and tuner stay as they were.
         """
         loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
-        buckets = _state.collect(self)
-        if not buckets:
-            return loss
         config, kernel = self.mechanic_config, kernels.select()
+        buckets, spreads = _state.collect(self, config.process_group)
+        if not buckets and not any(spreads):
+            return loss
 
         # Measure.
         old = _state.read_tuner(self, len(config.betas))
-        dots = old.scales.new_zeros(4)
+        if not self._options_compared:
+            check_agreement(type(self).__name__, {**config.shared(), "dtype": old.scales.dtype}, spreads)
+            self._options_compared = True
+        parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
         for bucket in buckets:
-            part = kernel.measure(bucket.params, bucket.grads, bucket.deltas).to(dots)
-            dots += torch.cat([bucket.sign * part[:1], part[1:]])
+            part = kernel.measure(bucket.params, bucket.grads, bucket.deltas).to(old.scales)
+            parts[bucket.spread] += torch.cat([bucket.sign * part[:1], part[1:]])
+        parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
+        dots = sum_over_processes(parts, spreads)
 
         # Tune.
-        new = tune(old, _base.unscaled(self, dots), config)
+        new = tune(old, dots, config)
         skip = torch.stack(new).isfinite().all().logical_not()
-        if hasattr(self, "found_inf"):  # a GradScaler has looked already
-            skip = skip | (self.found_inf.to(skip.device) > 0)
         base_skips = _base.skips_by_itself(self)
         # Even such a base creates state at its first step, and not always with defined values.
         if config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets)) and skip.item():
@@ -232,7 +242,6 @@ class Mechanic(Optimizer):
 
         Raises:
             ValueError: the group asks for `differentiable=True`.
-            NotImplementedError: a parameter is a `DTensor`, one process's part of a larger tensor.
         """
         super().add_param_group(param_group)
         try:

@@ -1,0 +1,100 @@
+"""Parameters that are spread over processes: what of them lies here, and the sum of four numbers over all parts.
+
+Mechanic needs nothing global but its four inner products, and these are additive over any partition of the weights. So
+each process measures what it holds, and one `all_reduce` of four numbers per step and sharding group adds them up. What
+is replicated is counted once: a `DTensor` is summed over those dimensions of its mesh over which it is sharded, and no
+other. Plain tensors are whole (as with DDP), unless the user names the process group over which they are parts.
+
+Nothing large is gathered, and nothing is read by the host. This is the only file with collectives in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The process groups over which a tensor is spread, outermost first; () for a whole tensor.
+Spread: TypeAlias = "tuple[dist.ProcessGroup, ...]"
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Tell a `DTensor`, without importing its module where nobody uses it."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Any, like: Any = None) -> Tensor:
+    """Return the part of a tensor that lies in this process, which shares its memory; a plain tensor as it is.
+
+    Args:
+        tensor: a parameter, a gradient, or a tensor of state.
+        like: the parameter it belongs to. A gradient that is placed in another way is brought to the same placement.
+    """
+    if not is_dtensor(tensor):
+        return tensor  # type: ignore[no-any-return]
+    if like is not None and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    return tensor.to_local()  # type: ignore[no-any-return]
+
+
+def spread(param: Any, process_group: dist.ProcessGroup | None) -> Spread:
+    """Return the process groups over which a parameter is spread.
+
+    Args:
+        param: a parameter.
+        process_group: the group over which plain tensors are parts, or None if they are whole.
+    """
+    if not is_dtensor(param):
+        return () if process_group is None else (process_group,)
+    mesh, placements = param.device_mesh, param.placements
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]) -> Tensor:
+    """Add up partial sums over the processes that hold the other parts; the same bits come out in each of them.
+
+    What is spread over (a, b) is summed over b, joins what is spread over (a,) alone, and is summed over a: as many
+    calls as there are distinct groups.
+
+    Args:
+        parts: this process's sums, shape (4,), by how the tensors behind them are spread; at least that of ().
+        spreads: how each parameter of the optimizer is spread, whether it has a gradient here or not; the same in all
+            processes, so that all make the same calls.
+    """
+    zero = torch.zeros_like(parts[()])
+    pending = dict.fromkeys(spreads, zero) | dict(parts)
+    while True:
+        longest = max(pending, key=len)
+        total = pending.pop(longest)
+        if not longest:
+            return total
+        total = total.clone()
+        dist.all_reduce(total, group=longest[-1])
+        rest = longest[:-1]
+        pending[rest] = pending.get(rest, zero) + total
+
+
+def check_agreement(who: str, options: Mapping[str, object], spreads: Iterable[Spread]) -> None:
+    """Compare the options of all processes that share a tuner; once, before the first step.
+
+    Raises:
+        ValueError: they differ. All processes of the group raise, so that none waits for the others.
+    """
+    for group in {group: None for spread in spreads for group in spread}:
+        gathered: list[Mapping[str, object]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, dict(options), group=group)
+        differences = [
+            f"{name} is {gathered[0][name]} in rank {dist.get_global_rank(group, 0)} "
+            f"and {other[name]} in rank {dist.get_global_rank(group, i)}"
+            for i, other in enumerate(gathered)
+            for name in options
+            if other[name] != gathered[0][name]
+        ]
+        if differences:
+            raise ValueError(
+                f"{who}: processes that share parameters must share their options. Got: {'; '.join(differences)}. "
+                "Remedy: pass mechanize the same options everywhere."
+            )
