@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py --steps 300
 
 On CPU the processes talk through gloo, on GPUs through NCCL. The text is looked for in the directory `MECHANIC_DATA`
-(as `tinyshakespeare/input.txt`), else downloaded once into a cache. With `--checkpoint DIR` the run is saved at its end
-by `torch.distributed.checkpoint`, and goes on from there next time, on any number of processes.
+(as `tinyshakespeare/input.txt`), else downloaded once into a cache. With `--checkpoints DIR` the run is saved there
+regularly by `torch.distributed.checkpoint`, and after an interruption goes on from the last checkpoint that is complete,
+on any number of processes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import pooch
 import torch
@@ -72,11 +74,39 @@ def load_text() -> str:
     return path.read_text(encoding="utf-8")
 
 
+class Training:
+    """Everything that a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model = model
+        self.optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0, weight_decay=0.1)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def save(self, directory: Path) -> None:
+        """Save what each process holds, under the number of steps done."""
+        dcp.save(self._state(), checkpoint_id=directory / f"{self.schedule.last_epoch:08d}")
+
+    def load_last(self, directory: Path) -> None:
+        """Load the last complete checkpoint, if there is one."""
+        complete = sorted(path.parent for path in directory.glob("*/.metadata"))  # which is written last
+        if complete:
+            state = self._state()
+            dcp.load(state, checkpoint_id=complete[-1])
+            weights, optimizer = state["model"], state["optimizer"]
+            set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer)
+            self.schedule.load_state_dict(state["schedule"])
+
+    def _state(self) -> dict[str, Any]:
+        weights, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": weights, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+
+
 def main() -> None:
     """Train, and print the loss and the learned learning rate from the first process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--checkpoint", type=Path, help="directory to resume from and to save to")
+    parser.add_argument("--checkpoints", type=Path, help="directory to resume from and to save to")
+    parser.add_argument("--save-every", type=int, default=100)
     arguments = parser.parse_args()
 
     cuda = torch.cuda.is_available()
@@ -96,36 +126,26 @@ def main() -> None:
     model = GPT(len(characters)).to(device)
     for layer in (*model.blocks, model):
         fully_shard(layer)
-    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
-
-    first = 0
-    if arguments.checkpoint and (arguments.checkpoint / ".metadata").exists():
-        weights, state = get_state_dict(model, optimizer)
-        progress = {"step": torch.zeros((), dtype=torch.int64)}
-        dcp.load({"model": weights, "optimizer": state, "progress": progress}, checkpoint_id=arguments.checkpoint)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-        first = int(progress["step"])
-    for step in range(first, first + arguments.steps):
+    training = Training(model, arguments.steps)
+    if arguments.checkpoints:
+        training.load_last(arguments.checkpoints)
+    for step in range(training.schedule.last_epoch, arguments.steps):
         generator = torch.Generator().manual_seed(step * dist.get_world_size() + rank)  # another batch for each process
         starts = torch.randint(len(data) - CONTEXT - 1, (BATCH,), generator=generator)
         window = torch.stack([data[i : i + CONTEXT + 1] for i in starts]).to(device)
         loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
-        optimizer.zero_grad()
+        training.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 0 or step == first + arguments.steps - 1:
+        training.optimizer.step()
+        training.schedule.step()
+        if step % 25 == 0 or step == arguments.steps - 1:
             dist.all_reduce(mean := loss.detach().clone())
-            scale = float(optimizer.scale)
+            scale = float(training.optimizer.scale)
             if rank == 0:
-                print(
-                    f"step {step:5d}  loss {mean / dist.get_world_size():.3f}  learned peak lr {scale:.2e}", flush=True
-                )
-    if arguments.checkpoint:
-        weights, state = get_state_dict(model, optimizer)
-        progress = {"step": torch.tensor(first + arguments.steps)}
-        dcp.save({"model": weights, "optimizer": state, "progress": progress}, checkpoint_id=arguments.checkpoint)
+                mean /= dist.get_world_size()
+                print(f"step {step:5d}  loss {mean:.3f}  learned peak lr {scale:.2e}", flush=True)
+        if arguments.checkpoints and (step + 1) % arguments.save_every == 0:
+            training.save(arguments.checkpoints)
     dist.destroy_process_group()
 
 
