@@ -21,7 +21,7 @@ types: .venv/.dev ## strict type check of src
 	$(BIN)/mypy
 
 unit: .venv/.dev .venv/peers ## all tests
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 docs: .venv/.dev ## run every Python block of the documentation
 	$(BIN)/python tools/run_markdown.py docs/*.md

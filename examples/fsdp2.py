@@ -4,7 +4,7 @@
 
 On CPU the processes talk through gloo, on GPUs through NCCL. The text is looked for in the directory `MECHANIC_DATA`
 (as `tinyshakespeare/input.txt`), else downloaded once into a cache. With `--checkpoints DIR` the run is saved there
-regularly by `torch.distributed.checkpoint`, and after an interruption goes on from the last checkpoint that is complete,
+regularly by `torch.distributed.checkpoint`, and after an interruption goes on from the last complete checkpoint,
 on any number of processes.
 """
 
