@@ -51,6 +51,20 @@ def test_importing_the_package_loads_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_torch_may_be_built_without_distributed():
+    """Its module is then almost empty, as it is in some builds for macOS and for embedded devices."""
+    code = (
+        "import torch, torch._dynamo, torch.distributed as dist\n"
+        "for name in [name for name in vars(dist) if name[0] != '_' and name != 'is_available']: delattr(dist, name)\n"
+        "import mechanic_pytorch\n"
+        "p = torch.ones(3, requires_grad=True)\n"
+        "optimizer = mechanic_pytorch.optim.SGD([p], lr=1.0)\n"
+        "for _ in range(3): p.grad = torch.ones(3); optimizer.step()\n"
+        "assert 0 < optimizer.scale < 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_file_that_teaches_the_algorithm_is_short():
     """Lines of code: no blank lines, comments or docstrings."""
     tree = ast.parse((PACKAGE / "mechanic.py").read_text())

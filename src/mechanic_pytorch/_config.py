@@ -1,12 +1,15 @@
 """The options of `mechanize`: their defaults, their rules, and the wording of every refusal."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch.distributed import ProcessGroup
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LogFunc = Callable[[dict[str, Any]], object]
 

@@ -15,14 +15,16 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from mechanic_pytorch.distributed import Spread, local, spread
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"

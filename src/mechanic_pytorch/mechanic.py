@@ -25,11 +25,10 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from mechanic_pytorch import _base, _state, kernels
@@ -37,6 +36,9 @@ from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import Bucket, TunerState
 from mechanic_pytorch.distributed import check_agreement, sum_over_processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Mechanic", "is_mechanized", "mechanize"]
 
