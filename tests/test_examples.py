@@ -1,7 +1,10 @@
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from matplotlib import image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -23,3 +26,34 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
     assert height >= 400
     assert width >= 600
     assert 10_000 < output.stat().st_size < 1_000_000
+
+
+@pytest.mark.xdist_group("distributed")
+def test_fsdp2_trains_and_goes_on_after_an_interruption(tmp_path):
+    """On two processes. The text is English, but not Shakespeare's: the tests need no download."""
+    data = tmp_path / "data" / "tinyshakespeare"
+    data.mkdir(parents=True)
+    shutil.copy(EXAMPLES.parent / "LICENSE", data / "input.txt")
+
+    def run():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [str(EXAMPLES / "fsdp2.py"), "--steps", "12", "--save-every", "4"]
+        environment = {**os.environ, "MECHANIC_DATA": str(data.parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--checkpoints", str(tmp_path / "runs")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    uninterrupted = run()
+    assert uninterrupted[0].startswith("step     0  loss ")
+    last = sorted((tmp_path / "runs").iterdir())
+    assert [path.name for path in last] == ["00000004", "00000008", "00000012"]
+    shutil.rmtree(last[2])
+    (last[1] / ".metadata").unlink()  # a process died while this one was written
+    assert run() == uninterrupted[1:]
