@@ -49,4 +49,6 @@ clean: ## remove everything that make made
 
 # Version 0.0.1 has our import name, so it is installed aside; tests compare with it.
 .venv/peers: .venv/bin/python
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ mechanic-pytorch==0.0.1
+	rm -rf $@.new
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.new mechanic-pytorch==0.0.1
+	mv $@.new $@

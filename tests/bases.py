@@ -32,6 +32,7 @@ CASES = {
     "AdamW_foreach": Case(torch.optim.AdamW, {"foreach": True}),
     "AdamW_fused": Case(torch.optim.AdamW, {"fused": True}),
     "AdamW_bfloat16": Case(torch.optim.AdamW, model=partial(mlp, torch.bfloat16)),
+    "AdamW_bfloat16_fused": Case(torch.optim.AdamW, {"fused": True}, model=partial(mlp, torch.bfloat16)),
     "AdamW_float64": Case(torch.optim.AdamW, model=partial(mlp, torch.float64)),
     "NAdam": Case(torch.optim.NAdam),
     "RAdam": Case(torch.optim.RAdam),

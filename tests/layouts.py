@@ -238,6 +238,13 @@ def missing_gradient(layout, rank, size):
     return outcome(train(run, 12, after_backward=drop))
 
 
+def empty_process(rank, size):
+    """One process has all parameters, the other none, as happens to small models under ZeRO."""
+    model = build(dtype=torch.float32)
+    params = list(model.parameters()) if rank == 0 else [{"params": []}]
+    return outcome(train(setup(model, params, "sgd", process_group=dist.group.WORLD), 12))
+
+
 def one_bad_rank(layout, base, rank, size):
     """The gradients of one process are not finite, at the first step and at a later one; then training goes on."""
     run = globals()[layout](base, rank, size)

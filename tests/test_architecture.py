@@ -12,12 +12,14 @@ PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
     "__init__": {"mechanic", "optim"},
     "_base": set(),
+    "_buckets": {"_state", "distributed"},
     "_classes": {"_config"},
     "_config": set(),
-    "_state": {"distributed"},
+    "_state": set(),
+    "_warnings": {"_base", "_buckets"},
     "distributed": set(),
     "kernels": set(),
-    "mechanic": {"_base", "_classes", "_config", "_state", "distributed", "kernels"},
+    "mechanic": {"_base", "_buckets", "_classes", "_config", "_state", "_warnings", "distributed", "kernels"},
     "optim": {"_classes", "mechanic"},
 }
 

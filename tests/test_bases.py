@@ -1,5 +1,7 @@
 """Every optimizer of torch.optim works as a base."""
 
+import functools
+import pickle
 from inspect import signature
 
 import pytest
@@ -104,3 +106,65 @@ def test_differentiable_is_refused():
     with pytest.raises(ValueError, match="differentiable"):
         optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "differentiable": True})
     assert len(optimizer.param_groups) == 1
+
+
+class Accumulating(torch.optim.AdamW):
+    """Makes a step at every fourth call only, and has no state before the first."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure) if self.calls % 4 == 0 else None
+
+
+def test_a_base_that_starts_later():
+    model = mlp()
+    optimizer = mechanize(Accumulating)(model.parameters(), lr=1.0)
+    train(model, optimizer, 2)
+    assert set(optimizer.state[model[0].weight]) == {"mechanic_delta"}
+    twin = mlp()
+    other = mechanize(Accumulating)(twin.parameters(), lr=1.0)
+    other.load_state_dict(optimizer.state_dict())
+    pickle.loads(pickle.dumps(optimizer))
+    train(model, optimizer, 600, first=2)
+    assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq", "mechanic_delta"}
+    assert full_loss(model) < 0.5
+
+
+def test_a_step_that_copies_the_attributes_of_a_hooked_one_is_called():
+    torch.optim.SGD([torch.zeros(1)])  # torch.optim.SGD.step is hooked from here on
+
+    @functools.wraps(torch.optim.SGD.step)
+    def step(self, closure=None):
+        calls.append(self)
+        return torch.optim.SGD.step(self, closure)
+
+    calls, p = [], torch.ones(3, requires_grad=True)
+    optimizer = mechanize(type("Decorated", (torch.optim.SGD,), {"step": step}))([p], lr=1.0)
+    assert step.hooked
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert len(calls) == 1
+
+
+class WithoutRate(torch.optim.SGD):
+    """Sets its learning rate by itself, as Adafactor of other packages does."""
+
+    def __init__(self, params, lr=None):
+        super().__init__(params, lr=1.0)
+        self.param_groups[0]["lr"] = None
+
+    def step(self, closure=None):
+        self.param_groups[0]["lr"] = 1.0
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups[0]["lr"] = None
+
+
+def test_a_base_without_learning_rate():
+    model = mlp()
+    optimizer = mechanize(WithoutRate)(model.parameters())
+    train(model, optimizer, 20)
+    assert optimizer.effective_lr() == [float(optimizer.scale)]

@@ -199,3 +199,74 @@ def test_repr_and_state_dict_are_plain():
     assert repr(optimizer).startswith("MechanizedSGD (")
     for group in optimizer.state_dict()["param_groups"]:
         assert all(isinstance(value, torch.Tensor) for key, value in group.items() if key.startswith("mechanic_"))
+
+
+def test_reading_the_scale_in_inference_mode_leaves_no_trace():
+    model = mlp(torch.float64)
+    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    with torch.inference_mode():
+        optimizer.effective_lr()
+    train(model, optimizer, 3)
+    with torch.inference_mode():
+        assert optimizer.effective_lr() == [float(optimizer.scale)]
+    train(model, optimizer, 3, first=3)
+
+
+def test_built_under_the_meta_device():
+    with torch.device("meta"):
+        model = mlp()
+        optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    weights = mlp().state_dict()
+    for p, value in zip(model.parameters(), weights.values(), strict=True):
+        torch.utils.swap_tensors(p, torch.nn.Parameter(value))
+    train(model, optimizer, 3)
+    assert optimizer.scale > 0
+
+
+def test_groups_taken_over_from_another_optimizer_bring_no_tuner():
+    model = mlp()
+    first = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    train(model, first, 30)
+    scale = float(first.scale)
+    second = mechanize(torch.optim.SGD, betas=(0.9,))(first.param_groups)
+    assert second.scale == 0
+    train(model, second, 3)
+    assert float(first.scale) == scale > 0
+
+
+def test_an_empty_log_is_a_log():
+    class Log(list):
+        def __call__(self, data):
+            self.append(data)
+
+    model, log, other = mlp(), Log(), Log()
+    assert mechanize(torch.optim.SGD, log_func=log, log_every=1) is not mechanize(
+        torch.optim.SGD, log_func=other, log_every=1
+    )
+    train(model, mechanize(torch.optim.SGD, log_func=log, log_every=1)(model.parameters(), lr=1.0), 2)
+    assert len(log) == 2
+    assert not other
+
+
+def test_reset_starts_the_log_again():
+    model, log = mlp(), []
+    optimizer = mechanize(torch.optim.SGD, log_func=log.append, log_every=1)(model.parameters(), lr=1.0)
+    train(model, optimizer, 2)
+    optimizer.reset()
+    train(model, optimizer, 1)
+    assert [data["iter_count"] for data in log] == [1, 2, 1]
+
+
+def test_many_threads_get_one_class():
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    for i in range(30):
+        barrier = Barrier(8)
+
+        def make(_, i=i, barrier=barrier):
+            barrier.wait()
+            return mechanize(torch.optim.SGD, s_decay=0.1 + i / 1000)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert len(set(pool.map(make, range(8)))) == 1

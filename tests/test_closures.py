@@ -129,21 +129,22 @@ def test_an_exception_in_the_base_leaves_parameters_and_state_as_they_were(grad)
 class Half(torch.optim.SGD):
     """Steps, and then fails on demand: the parameters have moved by then."""
 
-    fail = False
+    fail = None
 
     def step(self, closure=None):
         super().step(closure)
         if self.fail:
-            raise DeliberateError
+            raise self.fail
 
 
-def test_an_exception_after_the_base_has_moved_puts_the_parameters_back():
+@pytest.mark.parametrize("error", [DeliberateError, KeyboardInterrupt])
+def test_an_exception_after_the_base_has_moved_puts_the_parameters_back(error):
     model = mlp()
     optimizer = mechanize(Half, s_init=1e-3)(model.parameters(), lr=1.0)
     train(model, optimizer, 5)
     before = snapshot(model, optimizer)
-    optimizer.fail = True
-    with pytest.raises(DeliberateError):
+    optimizer.fail = error
+    with pytest.raises(error):
         train(model, optimizer, 1)
     assert_identical(snapshot(model, optimizer), before)
 

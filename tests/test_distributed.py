@@ -43,7 +43,7 @@ def world(directory):
             jobs += [("one_bad_rank", layout, "sgd") for layout in ("fsdp2", "owners", "fsdp1")]
             jobs += [("one_bad_rank", "fsdp2", "adamw_fused"), ("one_overflow",)]
             jobs += [("accumulated", layout) for layout in ("ddp", "fsdp2")]
-            jobs += [("mixed_precision",), ("full_state_dict",)]
+            jobs += [("empty_process",), ("mixed_precision",), ("full_state_dict",)]
             jobs += [("mismatch", "s_init"), ("mismatch", "betas")]
         else:
             jobs += [("collectives", "fsdp2_tp", "adamw"), ("collectives", "hsdp", "adamw_fused")]
@@ -116,6 +116,13 @@ def test_a_process_without_gradient_does_not_hang_the_others(world, layout):
     results = world(2, "missing_gradient", layout)
     assert torch.equal(results[0]["scale"], results[1]["scale"])
     assert results[0]["scale"] > 1e-4
+
+
+def test_a_process_without_parameters_does_not_hang_the_others(world):
+    holder, empty = world(2, "empty_process")
+    assert torch.equal(holder["scale"], empty["scale"])
+    expected = layouts.outcome(layouts.train(layouts.single("sgd", dtype=torch.float32), 12))
+    assert torch.equal(holder["scale"], expected["scale"])
 
 
 @pytest.mark.parametrize(

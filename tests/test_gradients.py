@@ -85,7 +85,17 @@ def poison(model, value):
 @pytest.mark.parametrize("trained", [0, 5])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
-    "name", ["SGD", "SGD_momentum", "SGD_fused", "AdamW", "AdamW_fused", "AdamW_bfloat16", "Adagrad_fused"]
+    "name",
+    [
+        "SGD",
+        "SGD_momentum",
+        "SGD_fused",
+        "AdamW",
+        "AdamW_fused",
+        "AdamW_bfloat16",
+        "AdamW_bfloat16_fused",
+        "Adagrad_fused",
+    ],
 )
 def test_a_step_with_a_bad_gradient_is_skipped_whole(name, value, trained):
     """Weights, base state and tuner are then as if the step had never been asked for."""
@@ -157,3 +167,30 @@ def test_training_goes_on_after_many_bad_steps():
         optimizer.step()
     assert optimizer.skipped_steps == 40
     assert full_loss(model) < 0.3
+
+
+def test_warns_once_when_nothing_but_skipping_happens():
+    model, optimizer = CASES["SGD"].build()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    loss_of(model, 0).backward()
+    for _ in range(49):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"^MechanizedSGD: the last 50 steps were skipped.* Remedy: "):
+        optimizer.step()
+    for _ in range(60):
+        optimizer.step()
+    assert optimizer.skipped_steps == 110
+
+
+def test_reset_repairs_a_sum_that_is_not_finite():
+    """A base can make NaN of a finite gradient: Adam does in float16, where its eps is 0."""
+    model, optimizer = CASES["AdamW"].build()
+    train(model, optimizer, 3)
+    optimizer.state[model[0].weight]["mechanic_delta"][0, 0] = float("nan")
+    train(model, optimizer, 3, first=3)
+    assert optimizer.skipped_steps == 3
+    optimizer.reset()
+    train(model, optimizer, 150, first=6)
+    assert optimizer.skipped_steps == 0
+    assert full_loss(model) < 0.5

@@ -148,6 +148,17 @@ def test_compensation_of_an_overwritten_weight_is_dropped(name):
     assert compensation.tolist() == [2**-10, 0.0]
 
 
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_a_weight_that_does_not_move_keeps_its_compensation_to_the_bit(name):
+    """Half a spacing may round either way; doing so again must not swap weight and compensation."""
+    x, delta = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16), torch.ones(2)
+    compensation = torch.tensor([2**-8, 2**-8], dtype=torch.bfloat16)
+    scale = torch.tensor(0.5)
+    kernels.KERNELS[name].move([x], [x.clone()], [delta], [compensation], scale, scale)
+    assert x.tolist() == [1.0, 1.0078125]
+    assert compensation.tolist() == [2**-8, 2**-8]
+
+
 @given(cuts=st.lists(st.integers(0, 11), max_size=4), name=st.sampled_from(sorted(kernels.KERNELS)))
 def test_measure_is_additive_over_any_partition(cuts, name):
     """What makes sharding a sum of four numbers."""

@@ -237,3 +237,74 @@ def test_optimizers_pickle(module):
     losses = train(model, optimizer, STEPS, first=STEPS)
     assert train(twin, other, STEPS, first=STEPS) == losses
     assert_identical(other.state_dict(), optimizer.state_dict())
+
+
+class LoadsByItself(torch.optim.SGD):
+    """As bitsandbytes' optimizers: an argument of its own, and no call of torch's `load_state_dict`."""
+
+    def load_state_dict(self, state_dict, move_to_device=True):
+        state_dict = copy.deepcopy(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
+        groups = [{**new, "params": old["params"]} for new, old in pairs]
+        self.__setstate__({"state": {params[i]: s for i, s in state_dict["state"].items()}, "param_groups": groups})
+
+
+def test_a_base_that_loads_by_itself():
+    runs = []
+    for resume in (False, True):
+        model = mlp()
+        optimizer = mechanize(LoadsByItself)(model.parameters(), lr=1.0)
+        train(model, optimizer, STEPS)
+        if resume:
+            saved = optimizer.state_dict()
+            optimizer = mechanize(LoadsByItself)(model.parameters(), lr=1.0)
+            optimizer.load_state_dict(saved, move_to_device=False)
+        runs.append(train(model, optimizer, STEPS, first=STEPS))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["state"].update(_mechanic={"s": torch.zeros(6)}), "Got one of version 0.0.1"),
+        (lambda saved: saved["param_groups"][0].update(differentiable=True), "differentiable must be False"),
+    ],
+    ids=["0.0.1", "differentiable"],
+)
+def test_what_cannot_be_resumed_is_refused_and_changes_nothing(change, message):
+    model, optimizer = CASES["AdamW"].build()
+    train(model, optimizer, STEPS)
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_identical(optimizer.state_dict(), before)
+
+
+def test_state_of_a_replaced_parameter_is_refused_by_name():
+    p, q = torch.ones(3, requires_grad=True), torch.ones(5, requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD)([p], lr=1.0)
+    p.grad, q.grad = torch.ones(3), torch.ones(5)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [q]
+    optimizer.state[q] = optimizer.state.pop(p)
+    with pytest.raises(ValueError, match=r"must have the shape of its parameter, \(5,\)\. Got \(3,\)\. Remedy: "):
+        optimizer.step()
+
+
+def test_a_cast_to_float32_drops_the_compensation():
+    model, optimizer = CASES["AdamW_bfloat16"].build()
+    train(model, optimizer, 2)
+    assert "mechanic_compensation" in optimizer.state[model[0].weight]
+    model.float()
+    optimizer.reset()
+    assert "mechanic_compensation" not in optimizer.state[model[0].weight]
+    model.bfloat16()
+    train(model, optimizer, 1)
+    model.float()
+    for state in optimizer.state.values():
+        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].float(), state["exp_avg_sq"].float()
+    train(model, optimizer, 1)
+    assert "mechanic_compensation" not in optimizer.state[model[0].weight]

@@ -20,9 +20,12 @@ def unhooked_step(base: Any) -> Callable[..., Any]:
     """
     bound = base.step
     function = bound.__func__
-    while getattr(function, "hooked", False):
+    while getattr(function, "__code__", None) is _HOOK:
         function = function.__wrapped__
     return function.__get__(bound.__self__)  # type: ignore[no-any-return]
+
+
+_HOOK = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what all those wrappers share
 
 
 def requires_closure(step: Callable[..., Any]) -> bool:
@@ -53,8 +56,11 @@ def skips_by_itself(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def found_inf(optimizer: Any, skip: Tensor) -> Iterator[None]:
-    """Let the base find our `found_inf`, and a `GradScaler` its own again afterwards."""
+def found_inf(optimizer: Any, skip: Tensor | None) -> Iterator[None]:
+    """Let the base find our `found_inf`, if it looks at it, and a `GradScaler` its own again afterwards."""
+    if skip is None:
+        yield
+        return
     theirs = {"found_inf": optimizer.found_inf} if hasattr(optimizer, "found_inf") else {}
     optimizer.found_inf = skip.to(torch.float32)
     try:
@@ -76,4 +82,10 @@ def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
         one = torch.ones_like(inverse)
         dots = dots * torch.stack([inverse, one, inverse * inverse, one])
     overflow: Tensor | None = getattr(optimizer, "found_inf", None)
-    return dots if overflow is None else torch.where(overflow.to(dots.device) > 0, torch.nan, dots)
+    return dots if overflow is None else dots.masked_fill(overflow.to(dots.device) > 0, torch.nan)
+
+
+def lrs(optimizer: Optimizer) -> list[float]:
+    """Return the lr of each group; a base that has none, or sets it by itself, counts as lr 1."""
+    values = [group.get("lr") for group in optimizer.param_groups]
+    return [1.0 if lr is None else float(lr) for lr in values]

@@ -6,6 +6,7 @@ import copyreg
 from collections.abc import Callable
 from functools import cache
 from itertools import count
+from threading import Lock
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,8 +14,10 @@ from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
 
-_made: WeakValueDictionary[tuple[type, Config], type[Optimizer]] = WeakValueDictionary()
+# log_func is compared by identity: a class holds its own, so that no id is used twice while it lives.
+_made: WeakValueDictionary[tuple[type, Config, int], type[Optimizer]] = WeakValueDictionary()
 _serial_number = count(1)
+_lock = Lock()
 
 
 def class_for(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:
@@ -23,21 +26,27 @@ def class_for(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> 
     It lives in `mechanic_pytorch.optim` under the name that it bears, for tools that write classes down or ship them to
     other processes import them by name.
     """
-    found = _made.get((base, config))
-    if found is None:
-        name = f"Mechanized{base.__name__}"
-        of_torch = config == Config() and vars(torch.optim).get(base.__name__) is base
-        doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
-        body = {
-            "__doc__": doc,
-            "__module__": "mechanic_pytorch.optim",
-            "__qualname__": name if of_torch else f"{name}_{next(_serial_number)}",
-            "mechanic_config": config,
-            "_mechanic_made_from": (mixin, base, config),
-        }
-        metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
-        found = _made.setdefault((base, config), metaclass(name, (mixin, base), body))
+    key = (base, config, id(config.log_func))
+    with _lock:
+        found = _made.get(key)
+        if found is None:
+            found = _made[key] = _make(mixin, base, config)
     return found
+
+
+def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:
+    name = f"Mechanized{base.__name__}"
+    of_torch = config == Config() and vars(torch.optim).get(base.__name__) is base
+    doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
+    body = {
+        "__doc__": doc,
+        "__module__": "mechanic_pytorch.optim",
+        "__qualname__": name if of_torch else f"{name}_{next(_serial_number)}",
+        "mechanic_config": config,
+        "_mechanic_made_from": (mixin, base, config),
+    }
+    metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
+    return metaclass(name, (mixin, base), body)  # type: ignore[no-any-return]
 
 
 def class_named(qualname: str) -> type[Optimizer] | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,7 +30,7 @@ class Config:
     s_init: float = 1e-8
     eps: float = 1e-8
     store_delta: bool = False
-    # Compared by identity but never hashed: a callable need not be hashable.
+    # Never hashed: a callable need not be hashable.
     log_func: LogFunc | None = field(default=None, hash=False)
     log_every: int = 0
     skip_nonfinite: bool = True
@@ -41,14 +43,20 @@ class Config:
         self._set("eps", _number("eps", self.eps, "a finite number >= 0", "the default is 1e-8"))
         self._set("betas", _betas(self.betas))
         for name in ("store_delta", "skip_nonfinite"):
-            if not isinstance(getattr(self, name), bool):
-                _refuse(TypeError, name, "True or False", getattr(self, name), "pass a bool")
+            value = getattr(self, name)
+            if isinstance(value, str) or value is None or value not in (0, 1):
+                _refuse(TypeError, name, "True or False", value, "pass a bool")
+            self._set(name, bool(value))
         if self.log_func is not None and not callable(self.log_func):
             _refuse(TypeError, "log_func", "a function of one dict, or None", self.log_func, "None uses `logging`")
-        if isinstance(self.log_every, bool) or not isinstance(self.log_every, int):
+        if isinstance(self.log_every, bool) or not isinstance(self.log_every, Integral):
             _refuse(TypeError, "log_every", "an integer >= 0", self.log_every, "0 never logs")
+        self._set("log_every", int(self.log_every))
         if self.log_every < 0:
             _refuse(ValueError, "log_every", "an integer >= 0", self.log_every, "0 never logs")
+        if self.process_group is not None and not isinstance(self.process_group, torch.distributed.ProcessGroup):
+            rule, remedy = "a torch.distributed.ProcessGroup, or None", "torch.distributed.group.WORLD holds everybody"
+            _refuse(TypeError, "process_group", rule, self.process_group, remedy)
 
     def shared(self) -> dict[str, object]:
         """Return the options in which all processes of a sharded run must agree."""

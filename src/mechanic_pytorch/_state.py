@@ -11,20 +11,13 @@ All keys start with `mechanic_`; all values are tensors.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from mechanic_pytorch.distributed import Spread, local, spread
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
@@ -53,9 +46,9 @@ def attach_tuner(optimizer: Optimizer, n: int) -> None:
     """Give the optimizer a tuner that has seen nothing, unless it has one already."""
     home = optimizer.param_groups[0]
     for key in _TUNER_KEYS:
-        home.setdefault(key, torch.zeros(n))
+        home.setdefault(key, torch.zeros(n, device="cpu"))
     for key in (STEPS, SKIPPED_STEPS):
-        home.setdefault(key, torch.zeros((), dtype=torch.int64))
+        home.setdefault(key, torch.zeros((), dtype=torch.int64, device="cpu"))
 
 
 def read_tuner(optimizer: Optimizer, n: int) -> TunerState:
@@ -84,91 +77,35 @@ def clear(optimizer: Optimizer, n: int) -> None:
 _TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
 
 
-# --- the parameters' state --------------------------------------------------------------------------------------------
+@contextmanager
+def unseen_by_base(state: dict[Any, Any]) -> Iterator[None]:
+    """Take our tensors out of the state of parameters for which the base has none yet: to it, that means "not started".
 
-
-@dataclass
-class Bucket:
-    """Parameters that have a gradient and share a device, a dtype, a direction and a spread, as kernels take them.
-
-    `owners` are the parameters themselves; the other lists hold plain, dense, real tensors that share their memory
-    (a complex parameter appears as its real view, a sharded one as its local part; a sparse gradient, alone, is a dense
-    copy).
+    Such a base may begin to fill its state at any later step (one that accumulates gradients by itself).
     """
-
-    spread: Spread  # the process groups that hold the other parts
-    sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
-    owners: list[Tensor] = field(default_factory=list)
-    state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    deltas: list[Tensor] = field(default_factory=list)
-    compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
-    is_new: bool = False  # some parameter takes part for the first time
-
-
-def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[list[Bucket], list[Spread]]:
-    """Sort the parameters that have a gradient into buckets, each parameter once.
-
-    Args:
-        optimizer: the optimizer.
-        process_group: the group over which plain tensors are parts of larger ones, or None.
-
-    Returns:
-        The buckets, and how any of the parameters, with or without gradient, are spread over processes.
-    """
-    buckets: dict[tuple[torch.device, torch.dtype, Spread, float], Bucket] = {}
-    spreads: dict[Spread, None] = {}
-    seen: set[Tensor] = set()
-    for group in optimizer.param_groups:
-        sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
-        for p in group["params"]:
-            over = spread(p, process_group)
-            spreads[over] = None
-            if p.grad is None or p in seen:
-                continue
-            seen.add(p)
-            bucket = buckets.setdefault((p.device, p.dtype, over, sign), Bucket(over, sign))
-            stored = optimizer.state.get(p, {})
-            bucket.is_new |= DELTA not in stored
-            dtype = accumulator_dtype(p.dtype)
-            kept = {DELTA: _kept(stored, DELTA, p, dtype.to_complex() if p.is_complex() else dtype)}
-            bucket.owners.append(p)
-            bucket.state.append(kept)
-            grad = local(p.grad, like=p)
-            bucket.params.append(_real(local(p)))
-            bucket.grads.append(_real(grad if grad.layout is torch.strided else grad.to_dense()))
-            bucket.deltas.append(_real(local(kept[DELTA])))
-            if p.dtype.itemsize < 4:
-                # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
-                kept[COMPENSATION] = _kept(stored, COMPENSATION, p, torch.bfloat16)
-                bucket.compensations.append(local(kept[COMPENSATION]))
-    return list(buckets.values()), list(spreads)
-
-
-def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
-    """Write the buckets' tensors into the optimizer's state, where they stay and are changed in place."""
-    for bucket in buckets:
-        for p, kept in zip(bucket.owners, bucket.state, strict=True):
-            optimizer.state[p].update(kept)
-
-
-def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype) -> Tensor:
-    if key in stored:
-        return stored[key].to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
-    return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    ours = {p: s for p, s in state.items() if isinstance(s, dict) and s and s.keys() <= {DELTA, COMPENSATION}}
+    for p in ours:
+        del state[p]
+    try:
+        yield
+    except BaseException:
+        state.update(ours)
+        raise
+    for p, kept in ours.items():
+        state[p] = {**state.get(p, {}), **kept}
 
 
 def check_group(who: str, group: dict[str, Any]) -> None:
     """Refuse what cannot work.
 
     Raises:
-        ValueError: `differentiable=True`.
+        ValueError: `differentiable=True`, or a `DTensor` that holds partial sums.
     """
+    if any(placement.is_partial() for p in group["params"] for placement in getattr(p, "placements", ())):
+        raise ValueError(
+            f"{who}: a DTensor must be sharded or replicated. Got Partial among the placements of a parameter. "
+            "Remedy: redistribute it before you build the optimizer."
+        )
     if group.get("differentiable"):
         raise ValueError(
             f"{who}: differentiable must be False. Got True. Remedy: use the plain base to differentiate through "
@@ -176,22 +113,29 @@ def check_group(who: str, group: dict[str, Any]) -> None:
         )
 
 
-# --- checkpoints and failures -----------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------
 
 
 def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:
-    """Refuse a checkpoint whose tuner has another number of betas; nothing has been changed yet.
+    """Refuse a checkpoint that does not fit; nothing has been changed yet.
 
     Raises:
-        ValueError: the numbers differ.
+        ValueError: its tuner has another number of betas; it was made by version 0.0.1; it is differentiable.
     """
+    if "_mechanic" in state_dict["state"]:
+        raise ValueError(
+            f"{who}: a checkpoint must come from this package or from the plain base. Got one of version 0.0.1, whose "
+            "tuner cannot be resumed. Remedy: drop '_mechanic' from its state to start the tuner afresh."
+        )
     for group in state_dict["param_groups"]:
+        check_group(who, {**group, "params": []})
         for key in _TUNER_KEYS:
             if key in group and len(group[key]) != n:
                 raise ValueError(
                     f"{who}: the checkpoint's tuner must have as many betas as the optimizer. Got {len(group[key])} in "
                     f"the checkpoint and {n} here. Remedy: pass mechanize the betas that it was saved with, or drop "
-                    "the keys that start with 'mechanic_' from its param_groups[0] and state to start the tuner afresh."
+                    "the keys that start with 'mechanic_' from param_groups[0] and state of a deep copy of it to start "
+                    "the tuner afresh."
                 )
 
 
@@ -207,31 +151,3 @@ def restore_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         for key, value in state_dict["state"].get(saved_id, {}).items():
             if key in (DELTA, COMPENSATION):
                 optimizer.state[p][key] = value.detach().to(p.device, copy=True)
-
-
-@contextmanager
-def undone_on_error(optimizer: Optimizer, buckets: list[Bucket], *, whole_state: bool) -> Iterator[list[list[Tensor]]]:
-    """Yield copies of the buckets' parameters, and put these and the base's state back if the block raises.
-
-    What the base adds to a parameter's state at its first step is always taken back. State that it changes in place is
-    put back only with `whole_state`, which costs a copy of it.
-    """
-    before = [[x.clone() for x in bucket.params] for bucket in buckets]
-    if whole_state:
-        guarded = [p for group in optimizer.param_groups for p in group["params"]]
-    else:
-        guarded = [p for bucket in buckets if bucket.is_new for p in bucket.owners]
-    copied = copy.deepcopy if whole_state else dict
-    saved = {p: copied(optimizer.state[p]) for p in guarded if p in optimizer.state}
-    try:
-        yield before
-    except BaseException:
-        for bucket, copies in zip(buckets, before, strict=True):
-            for x, x_before in zip(bucket.params, copies, strict=True):
-                x.copy_(x_before)
-        for p in guarded:
-            if p in saved:
-                optimizer.state[p] = saved[p]
-            else:
-                optimizer.state.pop(p, None)
-        raise

@@ -22,19 +22,17 @@ between steps. The file `docs/deviations.md` lists where this differs from other
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _base, _state, kernels
+from mechanic_pytorch import _base, _buckets, _state, _warnings, kernels
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
-from mechanic_pytorch._state import Bucket, TunerState
+from mechanic_pytorch._state import TunerState
 from mechanic_pytorch.distributed import check_agreement, sum_over_processes
 
 if TYPE_CHECKING:
@@ -42,11 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Mechanic", "is_mechanized", "mechanize"]
 
-OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
-
 
 def mechanize(
-    Base: type[OptimizerT],
+    Base: type[Optimizer],
     s_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
     s_init: float = 1e-8,
@@ -57,7 +53,7 @@ def mechanize(
     *,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
-) -> type[OptimizerT]:
+) -> type[Any]:
     """Return a class like `Base` whose learning-rate scale is learned.
 
     The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`. With lr=1.0 it needs no
@@ -85,7 +81,7 @@ def mechanize(
             tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
 
     Returns:
-        The class `Mechanized<Base>`.
+        The class `Mechanized<Base>`. Type checkers see `Any`, for there is no type that says "`Base` and `Mechanic`".
 
     Raises:
         TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.
@@ -113,7 +109,7 @@ def mechanize(
             "mechanize the plain class with the options you want."
         )
     config = Config(s_decay, betas, s_init, eps, store_delta, log_func, log_every, skip_nonfinite, process_group)  # type: ignore[arg-type]
-    return class_for(Mechanic, Base, config)  # type: ignore[return-value]
+    return class_for(Mechanic, Base, config)
 
 
 def is_mechanized(opt: object) -> TypeGuard[Mechanic]:
@@ -144,26 +140,30 @@ class Mechanic(Optimizer):
     found_inf: Tensor  # there only while a GradScaler, or our own step, tells the base whether to skip
     _base_has_moved = False
     _steps_without_move = 0
+    _skips_in_a_row = 0
     _log_count: int | None = None
     _options_compared = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Take one step of the base optimizer, rescaled.
 
         Args:
             closure: re-evaluates the model, with autograd on, and returns the loss. Its first evaluation happens before
                 the base sees it, at the same weights; the base evaluates it as often as it would by itself.
+            *args: passed on to the base.
             **kwargs: passed on to the base.
 
         Returns:
             What the base returns, usually the loss that the closure returned, else None.
 
-        If anything raises, parameters and tuner stay as they were.
+        If anything raises, the parameters and the tuner's vectors are put back as they were, and what the base has
+        added to the state at a first step is taken out again. What it has changed in place, such as momentum, is put
+        back only for a base that requires a closure.
         """
         loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
         config, kernel = self.mechanic_config, kernels.select()
-        buckets, spreads = _state.collect(self, config.process_group)
+        buckets, spreads = _buckets.collect(self, config.process_group)
         if not buckets and not any(spreads):
             return loss
 
@@ -186,20 +186,22 @@ class Mechanic(Optimizer):
         # Even such a base creates state at its first step, and not always with defined values.
         if config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets)) and skip.item():
             self._count(skip)
+            _warnings.warn_if_stuck(self)
             return loss
+        self._skips_in_a_row = 0
         new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
 
         # Base step and move.
         base_step = _base.unhooked_step(super())
-        with _state.undone_on_error(self, buckets, whole_state=_base.requires_closure(base_step)) as before:
-            with _base.found_inf(self, skip) if base_skips else nullcontext():
-                loss = base_step(**kwargs) if replay is None else base_step(replay, **kwargs)
+        with _buckets.undone_on_error(self, buckets, whole_state=_base.requires_closure(base_step)) as before:
+            with _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
+                loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
             if not self._base_has_moved and not skip.item():
-                self._check_that_base_moved(buckets, before)
+                _warnings.check_that_base_moved(self, buckets, before)
             for bucket, bucket_before in zip(buckets, before, strict=True):
                 scales = (state.scales.sum().to(bucket.deltas[0]) for state in (old, new))
                 kernel.move(bucket.params, bucket_before, bucket.deltas, bucket.compensations or None, *scales)
-        _state.store(self, buckets)
+        _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)
         self._count(skip)
@@ -207,8 +209,9 @@ class Mechanic(Optimizer):
 
     @property
     def scale(self) -> Tensor:
-        """The learned scale, sum(s): a 0-d tensor on the parameters' device, >= 0, 0 before the second step."""
-        return _state.read_tuner(self, len(self.mechanic_config.betas)).scales.sum()
+        """The learned scale, sum(s): a 0-d tensor on the parameters' device, once a step was made; 0 at first."""
+        scales: Tensor = self.param_groups[0]["mechanic_scales"]
+        return scales.sum()
 
     @property
     def skipped_steps(self) -> int:
@@ -229,12 +232,12 @@ class Mechanic(Optimizer):
             [0.0]
         """
         scale = float(self.scale)
-        return [float(group.get("lr", 1.0)) * scale for group in self.param_groups]
+        return [lr * scale for lr in _base.lrs(self)]
 
     def reset(self) -> None:
         """Start the tuner and the sums of updates anew from the current weights: a new task, new data.
 
-        The base's own state, such as momentum, stays.
+        The base's own state, such as momentum, stays. The counts of steps and of skipped steps begin again, too.
         """
         _state.clear(self, len(self.mechanic_config.betas))
         self._log_count = None
@@ -245,6 +248,8 @@ class Mechanic(Optimizer):
         Raises:
             ValueError: the group asks for `differentiable=True`.
         """
+        if any(key.startswith("mechanic_") for key in param_group):  # taken over from another optimizer
+            param_group = {key: value for key, value in param_group.items() if not key.startswith("mechanic_")}
         super().add_param_group(param_group)
         try:
             _state.check_group(type(self).__name__, self.param_groups[-1])
@@ -253,51 +258,36 @@ class Mechanic(Optimizer):
             raise
         _state.attach_tuner(self, len(self.mechanic_config.betas))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict` does.
 
-        A checkpoint of the plain base loads too: the tuner then starts afresh.
+        A checkpoint of the plain base loads too: the tuner then starts afresh. It brings the plain learning rate; set
+        each group's "lr" back to 1.0 afterwards. Further arguments are passed on to the base.
 
         Raises:
             ValueError: the checkpoint does not fit, or its tuner has another number of betas. Nothing is changed.
         """
         n = len(self.mechanic_config.betas)
-        final: list[dict[str, Any]] = []
+        after_hooks = [state_dict]
 
-        def see(optimizer: Optimizer, after_hooks: dict[str, Any]) -> None:
-            _state.check_loadable(type(self).__name__, after_hooks, n)
-            final.append(after_hooks)
+        def see(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+            _state.check_loadable(type(self).__name__, loaded, n)
+            after_hooks.append(loaded)
 
+        see(self, state_dict)  # for a base that loads without calling hooks
         handle = self.register_load_state_dict_pre_hook(see)  # the last hook: it sees what the others made
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict, *args, **kwargs)
         finally:
             handle.remove()
-        _state.restore_uncast(self, final[-1])
+        _state.restore_uncast(self, after_hooks[-1])
         _state.attach_tuner(self, n)
         self._log_count = None
 
-    def _check_that_base_moved(self, buckets: list[Bucket], before: list[list[Tensor]]) -> None:
-        """Warn once if rounding swallows the base's first update; asked until an update was due, then never again."""
-        lrs = [float(group.get("lr", 1.0)) for group in self.param_groups]
-        moved = active = 0
-        for bucket, copies in zip(buckets, before, strict=True):
-            moved += sum(int((x != old).sum()) for x, old in zip(bucket.params, copies, strict=True))
-            active += sum(int(g.count_nonzero()) for g in bucket.grads)
-        if max(lrs) == 0 or active == 0:
-            return  # warm-up from zero; or nothing to follow
-        self._steps_without_move += moved == 0
-        if moved == 0 and self._steps_without_move <= 15:
-            return  # some bases, such as SOAP, only look at the first gradients
-        self._base_has_moved = True
-        if moved == 0 or (moved < 0.1 * active and max(lrs) < 1):
-            warnings.warn(
-                f"{type(self).__name__}: the base optimizer's update changed only {moved} of {active} weights that "
-                f"have a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. "
-                f"Got lr={lrs}. Remedy: pass lr=1.0, or larger; "
-                "Mechanic finds the scale.",
-                stacklevel=5,
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a checkpoint, without showing the base what it has not written."""
+        with _state.unseen_by_base(state["state"]):
+            super().__setstate__(state)
 
     def _count(self, skip: Tensor) -> None:
         home, config = self.param_groups[0], self.mechanic_config
@@ -307,7 +297,8 @@ class Mechanic(Optimizer):
             return
         self._log_count = int(home[_state.STEPS]) if self._log_count is None else self._log_count + 1
         if self._log_count % config.log_every == 0:
-            (config.log_func or _log)({"iter_count": self._log_count, "s": float(self.scale)})
+            log = _log if config.log_func is None else config.log_func
+            log({"iter_count": self._log_count, "s": float(self.scale)})
 
 
 def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
@@ -332,7 +323,7 @@ def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
     """
     m, v, r, s = state
     delta_g, delta_x, g_squared, x_squared = dots.unbind()
-    beta = torch.tensor(config.betas, dtype=s.dtype, device=s.device)
+    beta = torch.stack([s.new_full((), beta) for beta in config.betas])  # filled there: copying would block a GPU
     x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
 
     h = delta_g + config.s_decay * s.sum() * g_squared.sqrt() * (delta_x / x_norm)
@@ -340,7 +331,7 @@ def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
     v = beta.square() * v + h.square()
     r = (beta * r - s * h).clamp_min(0.0)
     wealth = config.s_init / len(config.betas) * m + r
-    s = torch.where(wealth > 0, wealth / (v.sqrt() + config.eps), 0.0)
+    s = (wealth / (v.sqrt() + config.eps)).masked_fill(wealth == 0, 0.0)
     return TunerState(m, v, r, s)
 
 

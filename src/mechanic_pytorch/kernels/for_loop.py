@@ -34,7 +34,11 @@ def move(
         else:
             lost = compensations[i].to(delta.dtype)
             # It can be half a spacing of x, which rounds either way, but never more; three quarters of it round back.
-            start += torch.where((start + 0.75 * lost).to(x.dtype) == x_before, lost, 0.0)
-            target = start + step
+            lost = lost.masked_fill((start + 0.75 * lost).to(x.dtype) != x_before, 0.0)
+            target = start + lost + step
             x.copy_(target)
-            compensations[i].copy_(target - x)
+            rest = target - x
+            # What does not move keeps weight and compensation to the bit: at a tie, rounding again could swap them.
+            still = step == 0
+            x.copy_(torch.where(still, x_before, x))
+            compensations[i].copy_(torch.where(still, lost, rest))

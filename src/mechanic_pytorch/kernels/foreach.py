@@ -52,6 +52,11 @@ def move(
         torch._foreach_mul_(update, new_scale)
         torch._foreach_add_(step, update)
         torch._foreach_add_(start, step)
+        still = [s == 0 for s in step]  # see for_loop
         torch._foreach_copy_(params, start)
         torch._foreach_sub_(start, [x.to(dtype) for x in params])
+        for x, x_before, stays in zip(params, before, still, strict=True):
+            x.copy_(torch.where(stays, x_before, x))
+        for rest, kept, stays in zip(start, lost, still, strict=True):
+            rest.copy_(torch.where(stays, kept, rest))
         torch._foreach_copy_(list(compensations), start)

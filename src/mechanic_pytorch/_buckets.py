@@ -1,0 +1,132 @@
+"""The parameters of one step, sorted as kernels take them; what of them is stored, and put back if the step fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mechanic_pytorch._state import COMPENSATION, DELTA, accumulator_dtype
+from mechanic_pytorch.distributed import Spread, local, spread
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass
+class Bucket:
+    """Parameters that have a gradient and share a device, a dtype, a direction and a spread, as kernels take them.
+
+    `owners` are the parameters themselves; the other lists hold plain, dense, real tensors that share their memory
+    (a complex parameter appears as its real view, a sharded one as its local part; a sparse gradient, alone, is a dense
+    copy).
+    """
+
+    spread: Spread  # the process groups that hold the other parts
+    sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
+    owners: list[Tensor] = field(default_factory=list)
+    state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    deltas: list[Tensor] = field(default_factory=list)
+    compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
+    is_new: bool = False  # some parameter takes part for the first time
+
+
+def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[list[Bucket], list[Spread]]:
+    """Sort the parameters that have a gradient into buckets, each parameter once.
+
+    Args:
+        optimizer: the optimizer.
+        process_group: the group over which plain tensors are parts of larger ones, or None.
+
+    Returns:
+        The buckets, and how any of the parameters, with or without gradient, are spread over processes.
+    """
+    buckets: dict[tuple[torch.device, torch.dtype, Spread, float], Bucket] = {}
+    # A process that holds none of the parameters takes part in the sums, too.
+    spreads: dict[Spread, None] = {} if process_group is None else {(process_group,): None}
+    seen: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
+        for p in group["params"]:
+            over = spread(p, process_group)
+            spreads[over] = None
+            if p.grad is None or p in seen:
+                continue
+            seen.add(p)
+            bucket = buckets.setdefault((p.device, p.dtype, over, sign), Bucket(over, sign))
+            stored = optimizer.state.get(p, {})
+            bucket.is_new |= DELTA not in stored
+            dtype = accumulator_dtype(p.dtype)
+            kept = {DELTA: _kept(stored, DELTA, p, dtype.to_complex() if p.is_complex() else dtype)}
+            bucket.owners.append(p)
+            bucket.state.append(kept)
+            grad = local(p.grad, like=p)
+            bucket.params.append(_real(local(p)))
+            bucket.grads.append(_real(grad if grad.layout is torch.strided else grad.to_dense()))
+            bucket.deltas.append(_real(local(kept[DELTA])))
+            if p.dtype.itemsize < 4:
+                # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
+                kept[COMPENSATION] = _kept(stored, COMPENSATION, p, torch.bfloat16)
+                bucket.compensations.append(local(kept[COMPENSATION]))
+    return list(buckets.values()), list(spreads)
+
+
+def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
+    """Write the buckets' tensors into the optimizer's state, where they stay and are changed in place."""
+    for bucket in buckets:
+        for p, kept in zip(bucket.owners, bucket.state, strict=True):
+            state = optimizer.state[p]
+            state.update(kept)
+            if COMPENSATION not in kept:
+                state.pop(COMPENSATION, None)  # the parameter has been cast
+
+
+def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype) -> Tensor:
+    if key in stored:
+        if stored[key].shape != p.shape:
+            raise ValueError(
+                f"mechanic_pytorch: the state {key!r} must have the shape of its parameter, {tuple(p.shape)}. Got "
+                f"{tuple(stored[key].shape)}. Remedy: drop it from optimizer.state[p] when you replace a parameter."
+            )
+        return stored[key].to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
+    return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+@contextmanager
+def undone_on_error(optimizer: Optimizer, buckets: list[Bucket], *, whole_state: bool) -> Iterator[list[list[Tensor]]]:
+    """Yield copies of the buckets' parameters, and put these and the base's state back if the block raises.
+
+    What the base adds to a parameter's state at its first step is always taken back. State that it changes in place is
+    put back only with `whole_state`, which costs a copy of it.
+    """
+    before = [[x.clone() for x in bucket.params] for bucket in buckets]
+    if whole_state:
+        guarded = [p for group in optimizer.param_groups for p in group["params"]]
+    else:
+        guarded = [p for bucket in buckets if bucket.is_new for p in bucket.owners]
+    copied = copy.deepcopy if whole_state else dict
+    saved = {p: copied(optimizer.state[p]) for p in guarded if p in optimizer.state}
+    try:
+        yield before
+    except BaseException:
+        for bucket, copies in zip(buckets, before, strict=True):
+            for x, x_before in zip(bucket.params, copies, strict=True):
+                x.copy_(x_before)
+        for p in guarded:
+            if p in saved:
+                optimizer.state[p] = saved[p]
+            else:
+                optimizer.state.pop(p, None)
+        raise
