@@ -30,8 +30,9 @@ def check_that_base_moved(optimizer: Any, buckets: list[Bucket], before: list[li
     optimizer._base_has_moved = True
     if moved == 0 or (moved < (1 - LOST) * active and highest < 1):
         warnings.warn(
-            f"{type(optimizer).__name__}: the base optimizer's update changed only {moved} of {active} weights that have "
-            f"a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. Got lr={lrs(optimizer)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
+            f"{type(optimizer).__name__}: the base optimizer's update changed only {moved} of {active} weights that "
+            "have a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. "
+            f"Got lr={lrs(optimizer)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
             stacklevel=5,
         )
 
