@@ -58,10 +58,44 @@ def test_resume_in_a_new_process_is_bit_exact(name, resumed):
     assert_identical(torch.load(directory / f"{name}.resumed.pt", weights_only=True), uninterrupted[name])
 
 
+# torch materialises state by a dummy step without closure and with dense zero gradients, which these refuse.
+NO_DUMMY_STEP = {"LBFGS": TypeError, "SparseAdam": RuntimeError}
+
+
+@pytest.mark.parametrize("name", NO_DUMMY_STEP)
+def test_what_distributed_checkpoint_cannot_do_with_the_plain_base_either(name):
+    case = CASES[name]
+    model = case.model()
+    with pytest.raises(NO_DUMMY_STEP[name]):
+        get_state_dict(model, case.base(model.parameters(), **case.options))
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adagrad_fused"])
+def test_a_checkpoint_that_lost_its_sums_is_refused(name):
+    """Adagrad has state from the start, so torch takes no dummy step, and a flattened checkpoint loses what is new."""
+    case, options = CASES[name], StateDictOptions(flatten_optimizer_state_dict=True)
+    model, optimizer = case.build()
+    train(model, optimizer, STEPS)
+    _, saved = get_state_dict(model, optimizer, options=options)
+    model_of_other = case.model()
+    other = type(optimizer)(model_of_other.parameters(), lr=1.0, **case.options)
+    with pytest.raises(ValueError, match=r"^MechanizedAdagrad: .* must hold the sums of updates.* Remedy: "):
+        set_state_dict(
+            model_of_other,
+            other,
+            model_state_dict=model.state_dict(),
+            optim_state_dict=saved,
+            options=options,
+        )
+    assert other.scale == 0
+
+
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("name", ["SGD", "SGD_momentum", "AdamW", "AdamW_bfloat16", "AdamW_fused"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NO_DUMMY_STEP])
 def test_distributed_checkpoint_state_dict_round_trip(name, flatten, tmp_path):
     """get_state_dict and set_state_dict name states by parameter and take a dummy step to materialise them."""
+    if flatten and name.startswith("Adagrad"):
+        pytest.skip("refused: see test_a_checkpoint_that_lost_its_sums_is_refused")
     case, options = CASES[name], StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = case.build()
     train(model, optimizer, STEPS)

@@ -120,7 +120,8 @@ def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:
     """Refuse a checkpoint that does not fit; nothing has been changed yet.
 
     Raises:
-        ValueError: its tuner has another number of betas; it was made by version 0.0.1; it is differentiable.
+        ValueError: its tuner has another number of betas, or has learned but come without the sums of updates; it was
+            made by version 0.0.1; it is differentiable.
     """
     if "_mechanic" in state_dict["state"]:
         raise ValueError(
@@ -137,6 +138,14 @@ def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:
                     "the keys that start with 'mechanic_' from param_groups[0] and state of a deep copy of it to start "
                     "the tuner afresh."
                 )
+    has_learned = any(int(group.get(STEPS, 0)) for group in state_dict["param_groups"])
+    has_params = any(group["params"] for group in state_dict["param_groups"])
+    if has_learned and has_params and not any(DELTA in state for state in state_dict["state"].values()):
+        raise ValueError(
+            f"{who}: a checkpoint whose tuner has learned must hold the sums of updates, {DELTA!r}. Got none. Remedy: "
+            "save and load without flatten_optimizer_state_dict, or drop the keys that start with 'mechanic_' from "
+            "param_groups[0] of a deep copy of it to start the tuner afresh."
+        )
 
 
 def restore_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
