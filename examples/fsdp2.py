@@ -146,6 +146,7 @@ def main() -> None:
                 print(f"step {step:5d}  loss {mean:.3f}  learned peak lr {scale:.2e}", flush=True)
         if arguments.checkpoints and (step + 1) % arguments.save_every == 0:
             training.save(arguments.checkpoints)
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 

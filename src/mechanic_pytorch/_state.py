@@ -138,7 +138,7 @@ def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:
                     "the keys that start with 'mechanic_' from param_groups[0] and state of a deep copy of it to start "
                     "the tuner afresh."
                 )
-    has_learned = any(int(group.get(STEPS, 0)) for group in state_dict["param_groups"])
+    has_learned = any(int(g.get(STEPS, 0)) > int(g.get(SKIPPED_STEPS, 0)) for g in state_dict["param_groups"])
     has_params = any(group["params"] for group in state_dict["param_groups"])
     if has_learned and has_params and not any(DELTA in state for state in state_dict["state"].values()):
         raise ValueError(
