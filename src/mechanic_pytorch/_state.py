@@ -41,6 +41,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # --- the tuner's state ------------------------------------------------------------------------------------------------
 
+_TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
+
 
 def attach_tuner(optimizer: Optimizer, n: int) -> None:
     """Give the optimizer a tuner that has seen nothing, unless it has one already."""
@@ -74,7 +76,7 @@ def clear(optimizer: Optimizer, n: int) -> None:
     attach_tuner(optimizer, n)
 
 
-_TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
+# --- what the base sees, and what cannot work -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def check_group(who: str, group: dict[str, Any]) -> None:
         )
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:

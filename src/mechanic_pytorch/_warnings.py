@@ -17,13 +17,15 @@ STUCK = 50  # skipped steps in a row
 
 def check_that_base_moved(optimizer: Any, buckets: list[Bucket], before: list[list[Tensor]]) -> None:
     """Warn if rounding swallows the base's first update. Asked until one was due, and then never again."""
+    highest = max(lrs(optimizer))
+    if highest == 0:
+        return  # warm-up from zero
     moved = active = 0
     for bucket, copies in zip(buckets, before, strict=True):
         moved += sum(int((x != old).sum()) for x, old in zip(bucket.params, copies, strict=True))
         active += sum(int(g.count_nonzero()) for g in bucket.grads)
-    highest = max(lrs(optimizer))
-    if highest == 0 or active == 0:
-        return  # warm-up from zero; or nothing to follow
+    if active == 0:
+        return  # nothing to follow
     optimizer._steps_without_move += moved == 0
     if moved == 0 and optimizer._steps_without_move <= PATIENCE:
         return

@@ -193,7 +193,8 @@ class Mechanic(Optimizer):
 
         # Base step and move.
         base_step = _base.unhooked_step(super())
-        with _buckets.undone_on_error(self, buckets, whole_state=_base.requires_closure(base_step)) as before:
+        evaluates_again = closure is not None and _base.requires_closure(base_step)
+        with _buckets.undone_on_error(self, buckets, whole_state=evaluates_again) as before:
             with _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
                 loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
             if not self._base_has_moved and not skip.item():
