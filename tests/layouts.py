@@ -53,16 +53,12 @@ def build(bias=True, dtype=torch.float64):
     return nn.Sequential(Block(bias), Block(bias), nn.Linear(6, 3, bias=bias), nn.Linear(3, 1, bias=bias)).to(dtype)
 
 
-def loss_of(model, t, part=slice(None)):
+def loss_of(model, t, part=slice(None), dtype=None):
     x = torch.randn(BATCH, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
     y = x.sum(1, keepdim=True) + x[:, :1] * x[:, 1:2]
-    x, y = (tensor.to(next(model.parameters()).dtype)[part] for tensor in (x, y))
+    dtype = dtype or next(model.parameters()).dtype
+    x, y = (tensor.to(dtype)[part] for tensor in (x, y))
     return (model(x) - y).square().mean()
-
-
-@torch.no_grad()
-def mean_loss(model):
-    return sum(loss_of(model, t) for t in range(100)).item() / 100
 
 
 def share_of(rank, size):
@@ -288,8 +284,28 @@ def accumulated(layout, rank, size):
 
 def mixed_precision(rank, size):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    run = train(fsdp2("adamw", rank, size, torch.float32, policy))
-    return {**outcome(run), "loss": mean_loss(run.model)}
+    return outcome(train(fsdp2("adamw", rank, size, torch.float32, policy)))
+
+
+def mixed_precision_by_hand(size):
+    """The same in one process: forward and backward in bfloat16, the mean of the processes' gradients in float32."""
+    run = single("adamw", dtype=torch.float32)
+    weights = dict(run.model.named_parameters())
+
+    for t in range(STEPS):
+        gradients = []
+        for rank in range(size):
+            low = {name: p.detach().bfloat16().requires_grad_() for name, p in weights.items()}
+
+            def model(x, low=low):
+                return torch.func.functional_call(run.model, low, x.bfloat16())
+
+            loss = loss_of(model, t, share_of(rank, size), torch.float32)
+            gradients.append(torch.autograd.grad(loss, list(low.values())))
+        for p, parts in zip(weights.values(), zip(*gradients, strict=True), strict=True):
+            p.grad = torch.stack([part.float() for part in parts]).mean(0)
+        run.optimizer.step()
+    return outcome(run)
 
 
 def mismatch(name, rank, size):

@@ -2,10 +2,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from matplotlib import image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -29,35 +34,52 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
 
 
 @pytest.mark.xdist_group("distributed")
-def test_fsdp2_trains_and_goes_on_after_an_interruption(tmp_path):
+def test_fsdp2_goes_on_after_a_process_was_killed_as_if_nothing_had_happened(tmp_path):
     """On two processes. The text is English, but not Shakespeare's: the tests need no download."""
     data = tmp_path / "data" / "tinyshakespeare"
     data.mkdir(parents=True)
     shutil.copy(EXAMPLES.parent / "LICENSE", data / "input.txt")
+    environment = {**os.environ, "MECHANIC_DATA": str(data.parent), "OMP_NUM_THREADS": "1"}
 
-    def run():
+    def start(runs):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [str(EXAMPLES / "fsdp2.py"), "--steps", "12", "--save-every", "4"]
-        environment = {**os.environ, "MECHANIC_DATA": str(data.parent), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "--checkpoints", str(tmp_path / "runs")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=180,
-        )
-        lines = done.stdout.splitlines()
-        # Not the exit code: once, a process aborted while it left Python, after all was done ("terminate called without
-        # an active exception", from a thread of torch's). The last line and the checkpoints say whether it trained.
-        assert lines, done.stderr
-        assert lines[-1].startswith("step    11  loss "), done.stderr
-        return lines
+        command += [str(EXAMPLES / "fsdp2.py"), "--steps", "24", "--save-every", "4", "--checkpoints", str(runs)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    uninterrupted = run()
+    def finish(process):
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        assert out.splitlines()[-1].startswith("step    23  loss "), err
+        return out.splitlines()
+
+    def last_checkpoint(runs):
+        dcp_to_torch_save(runs / "00000024", runs / "last.pt")
+        return torch.load(runs / "last.pt", weights_only=False)
+
+    uninterrupted = finish(start(tmp_path / "uninterrupted"))
     assert uninterrupted[0].startswith("step     0  loss ")
-    last = sorted((tmp_path / "runs").iterdir())
-    assert [path.name for path in last] == ["00000004", "00000008", "00000012"]
-    shutil.rmtree(last[2])
-    (last[1] / ".metadata").unlink()  # a process died while this one was written
-    assert run() == uninterrupted[1:]
+
+    interrupted = tmp_path / "interrupted"
+    torchrun = start(interrupted)
+    deadline = time.monotonic() + 120
+    while not (interrupted / "00000004" / ".metadata").exists():
+        assert torchrun.poll() is None, torchrun.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    workers = psutil.Process(torchrun.pid).children(recursive=True)
+    next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+    _, err = torchrun.communicate(timeout=180)
+    assert torchrun.returncode != 0
+    assert "SIGKILL" in err
+    assert not (interrupted / "00000024").exists(), "was killed too late"
+    shutil.copytree(interrupted / "00000004", interrupted / "00000023", dirs_exist_ok=True)
+    (interrupted / "00000023" / ".metadata").unlink()  # as if it had been killed while it wrote this one
+
+    assert finish(start(interrupted)) == uninterrupted[1:]
+    expected, resumed = last_checkpoint(tmp_path / "uninterrupted"), last_checkpoint(interrupted)
+    compared = {"model": 0, "optimizer": 0, "schedule": 0}
+    for (path, value), (other_path, other) in zip(*map(tree_leaves_with_path, (expected, resumed)), strict=True):
+        assert path == other_path
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, keystr(path)
+        compared[path[0].key] += 1
+    assert min(compared.values()) > 5

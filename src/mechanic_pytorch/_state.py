@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mechanic_pytorch.distributed import whole
+
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
 STEPS = "mechanic_steps"
@@ -116,6 +118,19 @@ def check_group(who: str, group: dict[str, Any]) -> None:
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def with_whole_tuner(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the same checkpoint, in which the tuner's vectors are whole.
+
+    `torch.distributed.checkpoint.load_sharded_optimizer_state_dict`, which Lightning's `FSDPStrategy` calls, gives each
+    process a part of every tensor.
+    """
+    groups = [
+        {key: whole(value) if key in _TUNER_KEYS else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:

@@ -10,6 +10,7 @@ Nothing large is gathered, and nothing is read by the host. This is the only fil
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -53,6 +54,22 @@ def spread(param: Any, process_group: dist.ProcessGroup | None) -> Spread:
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
+def whole(tensor: Any) -> Tensor:
+    """Return all of a `ShardedTensor`, FSDP1's way to load a checkpoint in parts; any other tensor as it is.
+
+    All processes must call this together, as all load a checkpoint together.
+    """
+    if not hasattr(tensor, "local_shards"):
+        return tensor  # type: ignore[no-any-return]
+    mine = [(shard.metadata.shard_offsets, shard.tensor) for shard in tensor.local_shards()]
+    gathered = [mine] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    out = torch.empty(tensor.size(), dtype=tensor.dtype)
+    for offsets, part in (shard for shards in gathered for shard in shards):
+        out[tuple(slice(start, start + n) for start, n in zip(offsets, part.shape, strict=True))] = part
+    return out
+
+
 def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]) -> Tensor:
     """Add up partial sums over the processes that hold the other parts; the same bits come out in each of them.
 
@@ -75,6 +92,30 @@ def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]
         dist.all_reduce(total, group=longest[-1])
         rest = longest[:-1]
         pending[rest] = pending.get(rest, zero) + total
+
+
+def check_parts(who: str, params: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
+    """Refuse what is known to be a part of something larger, if it would be taken for something whole.
+
+    Raises:
+        ValueError: the group of such parts was not named, or DeepSpeed steps through the parts one after the other.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for param in params:
+        if hasattr(param, "ds_id"):
+            raise ValueError(
+                f"{who}: all parameters must be stepped together. Got those of DeepSpeed's ZeRO stage 3, which steps "
+                "through them in turn. Remedy: use stage 1 or 2, or FSDP2."
+            )
+        fsdp = getattr(param, "_fsdp_flattened", False)
+        deepspeed = "deepspeed" in sys.modules and param.ndim == 1 and not isinstance(param, torch.nn.Parameter)
+        if (fsdp or deepspeed) and process_group is None:
+            raise ValueError(
+                f"{who}: process_group must be given for parameters that are parts of larger ones. Got None and "
+                f"parameters cut by {'FSDP1' if fsdp else 'DeepSpeed'}. Remedy: "
+                "mechanize(..., process_group=torch.distributed.group.WORLD)."
+            )
 
 
 def check_agreement(who: str, options: Mapping[str, object], spreads: Iterable[Spread]) -> None:

@@ -33,7 +33,7 @@ from mechanic_pytorch import _base, _buckets, _state, _warnings, kernels
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import TunerState
-from mechanic_pytorch.distributed import check_agreement, sum_over_processes
+from mechanic_pytorch.distributed import check_agreement, check_parts, sum_over_processes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -170,6 +170,8 @@ class Mechanic(Optimizer):
         # Measure.
         old = _state.read_tuner(self, len(config.betas))
         if not self._options_compared:
+            params = (p for group in self.param_groups for p in group["params"])
+            check_parts(type(self).__name__, params, config.process_group)
             check_agreement(type(self).__name__, {**config.shared(), "dtype": old.scales.dtype}, spreads)
             self._options_compared = True
         parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
@@ -269,6 +271,7 @@ class Mechanic(Optimizer):
             ValueError: the checkpoint does not fit, or its tuner has another number of betas. Nothing is changed.
         """
         n = len(self.mechanic_config.betas)
+        state_dict = _state.with_whole_tuner(state_dict)
         after_hooks = [state_dict]
 
         def see(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
