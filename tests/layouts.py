@@ -25,8 +25,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from counting import Operations
 from mechanic_pytorch import mechanize
-from test_counts import Operations
 
 STEPS, BATCH = 50, 8
 BASES = {

@@ -15,11 +15,12 @@ ALLOWED = {
     "_buckets": {"_state", "distributed"},
     "_classes": {"_config"},
     "_config": set(),
+    "_fused": {"_buckets", "distributed", "kernels"},
     "_state": {"distributed"},
     "_warnings": {"_base", "_buckets"},
     "distributed": set(),
     "kernels": set(),
-    "mechanic": {"_base", "_buckets", "_classes", "_config", "_state", "_warnings", "distributed", "kernels"},
+    "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_state", "_warnings", "distributed", "kernels"},
     "optim": {"_classes", "mechanic"},
 }
 

@@ -150,7 +150,7 @@ def test_an_exception_after_the_base_has_moved_puts_the_parameters_back(error):
 
 
 def test_an_exception_while_moving_puts_the_parameters_back(monkeypatch):
-    from mechanic_pytorch.kernels import foreach
+    from mechanic_pytorch.kernels import blocks
 
     model = mlp()
     optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=1.0)
@@ -161,7 +161,7 @@ def test_an_exception_while_moving_puts_the_parameters_back(monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(foreach, "move", out_of_memory)
+        patch.setattr(blocks, "move", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             train(model, optimizer, 1)
     assert_identical(snapshot(model, optimizer), before)

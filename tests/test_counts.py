@@ -1,30 +1,12 @@
 """What a step costs, counted: host reads, slots of memory."""
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bases import CASES
+from counting import Operations, state_bytes, transient_bytes
 from mechanic_pytorch import mechanize
 from problems import loss_of, mlp
-
-HOST_READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_unique2", "masked_select")
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def host_reads(self):
-        return sum(self.count[name] for name in HOST_READS)
 
 
 def reads_per_step(build, warm_up=2, steps=5):
@@ -77,10 +59,6 @@ def test_the_host_reads_of_the_first_step_are_few():
     assert operations.host_reads <= 3 + 2 * len(list(model.parameters()))
 
 
-def state_bytes(optimizer):
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
-
-
 @pytest.mark.parametrize("store_delta", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "bytes_per_weight"),
@@ -94,3 +72,39 @@ def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta):
     loss_of(model, 0).backward()
     optimizer.step()
     assert state_bytes(optimizer) == bytes_per_weight * sum(p.numel() for p in model.parameters())
+
+
+def large(dtype, n=3 * 2**20):
+    """Return parameters with gradients, in tensors larger and smaller than a block."""
+    shapes = [(n // 2048, 1024), *[(n // 16, 2)] * 3, *[(64,)] * 9, (n // 8,)]
+    params = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "dtype"),
+    [
+        (torch.optim.AdamW, {"fused": True}, torch.float32),
+        (torch.optim.AdamW, {"fused": True}, torch.bfloat16),
+        (torch.optim.SGD, {"fused": True, "momentum": 0.9}, torch.float32),
+        (torch.optim.SGD, {}, torch.float32),
+        (torch.optim.SGD, {}, torch.bfloat16),
+    ],
+    ids=["AdamW_fused", "AdamW_fused_bfloat16", "SGD_fused", "SGD", "SGD_bfloat16"],
+)
+def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dtype):
+    """Beside what the base takes by itself, and a few blocks of 2**18 numbers."""
+    plain, mechanized = base(large(dtype), lr=1e-3, **options), mechanize(base)(large(dtype), lr=1.0, **options)
+    for _ in range(2):
+        plain.step()
+        mechanized.step()
+    weights = sum(p.numel() for p in mechanized.param_groups[0]["params"])
+    copies = 0 if options.get("fused") else dtype.itemsize * weights
+    blocks = 4 * 2**18 * (2 if dtype == torch.float32 else 10)
+    assert transient_bytes(mechanized.step) <= transient_bytes(plain.step) + copies + blocks
+
+
+def test_the_transient_bytes_are_counted():
+    assert 8000 <= transient_bytes(lambda: torch.zeros(1000) + 1) <= 8100

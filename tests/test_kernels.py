@@ -105,6 +105,27 @@ def test_move_equals_the_reference(name, dtype, device):
             torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-5)  # 8 + 8 bits of bfloat16
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_tensor_at_a_time_is_the_same(name, dtype):
+    """Kernels that treat small tensors together must not mistake one of them for a copy."""
+    kernel, scales = kernels.KERNELS[name], [torch.tensor(s, dtype=accumulator_dtype(dtype)) for s in (0.3, 0.5)]
+    params, before, grads, deltas, compensations = problem(dtype, "cpu")
+    ref_params, _, _, ref_deltas, ref_compensations = problem(dtype, "cpu")
+    kernels.KERNELS["for_loop"].move(ref_params, before, ref_deltas, ref_compensations, *scales)
+    for i in range(len(params)):
+        copies = [t.clone() for t in (params[i], grads[i], deltas[i])]
+        kernel.measure(params[i : i + 1], grads[i : i + 1], deltas[i : i + 1])
+        assert all(torch.equal(a, b) for a, b in zip(copies, (params[i], grads[i], deltas[i]), strict=True))
+        chosen = None if compensations is None else compensations[i : i + 1]
+        start = before[i].clone()
+        kernel.move(params[i : i + 1], before[i : i + 1], deltas[i : i + 1], chosen, *scales)
+        assert torch.equal(before[i], start)
+    assert_all_close(deltas, ref_deltas, dtype)
+    if compensations is None:
+        assert_all_close(params, ref_params, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", kernels.KERNELS)
 def test_move_is_the_formula_of_the_paper(name, dtype):
@@ -182,9 +203,10 @@ def test_mixed_gradient_dtype():
 def test_the_environment_can_force_a_kernel(monkeypatch):
     for name, kernel in kernels.KERNELS.items():
         monkeypatch.setenv("MECHANIC_KERNEL", name)
-        assert kernels.select() is kernel
+        assert kernels.select(torch.device("cpu")) is kernel
     monkeypatch.delenv("MECHANIC_KERNEL")
-    assert kernels.select() is kernels.KERNELS["foreach"]
+    assert kernels.select(torch.device("cpu")) is kernels.KERNELS["blocks"]
+    assert kernels.select(torch.device("cuda")) is kernels.KERNELS["foreach"]
 
 
 def test_an_unknown_kernel_is_refused():
@@ -200,4 +222,4 @@ def test_an_unknown_kernel_is_refused():
         check=False,
     )
     assert done.returncode == 1
-    assert "MECHANIC_KERNEL must be one of ['for_loop', 'foreach']. Got 'fastest'. Remedy:" in done.stderr
+    assert "MECHANIC_KERNEL must be one of ['blocks', 'for_loop', 'foreach']. Got 'fastest'. Remedy:" in done.stderr

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch._state import COMPENSATION, DELTA, accumulator_dtype
-from mechanic_pytorch.distributed import Spread, local, spread
+from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,6 +30,7 @@ class Bucket:
 
     spread: Spread  # the process groups that hold the other parts
     sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
+    group: dict[str, Any]  # the parameter group of all of them, where that asks for `fused`; else, of the first
     owners: list[Tensor] = field(default_factory=list)
     state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
     params: list[Tensor] = field(default_factory=list)
@@ -37,6 +38,28 @@ class Bucket:
     deltas: list[Tensor] = field(default_factory=list)
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     is_new: bool = False  # some parameter takes part for the first time
+
+    def add(self, p: Tensor, grad: Tensor, stored: dict[str, Tensor]) -> None:
+        """Take in a parameter with its gradient and what is stored for it."""
+        dtype = accumulator_dtype(p.dtype)
+        kept = {DELTA: _kept(stored, DELTA, p, dtype.to_complex() if p.is_complex() else dtype)}
+        delta = kept[DELTA]
+        self.is_new |= DELTA not in stored
+        self.owners.append(p)
+        self.state.append(kept)
+        if is_dtensor(p):
+            grad, p, delta = local(grad, like=p), local(p), local(delta)
+        if grad.layout is not torch.strided:
+            grad = grad.to_dense()
+        if p.is_complex():
+            grad, p, delta = (torch.view_as_real(tensor.resolve_conj()) for tensor in (grad, p, delta))
+        self.grads.append(grad)
+        self.params.append(p)
+        self.deltas.append(delta)
+        if p.dtype.itemsize < 4:
+            # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
+            kept[COMPENSATION] = _kept(stored, COMPENSATION, self.owners[-1], torch.bfloat16)
+            self.compensations.append(local(kept[COMPENSATION]))
 
 
 def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[list[Bucket], list[Spread]]:
@@ -49,33 +72,26 @@ def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[l
     Returns:
         The buckets, and how any of the parameters, with or without gradient, are spread over processes.
     """
-    buckets: dict[tuple[torch.device, torch.dtype, Spread, float], Bucket] = {}
+    buckets: dict[tuple[torch.device, torch.dtype, Spread, float, int], Bucket] = {}
+    whole_or_named: Spread = () if process_group is None else (process_group,)
     # A process that holds none of the parameters takes part in the sums, too.
-    spreads: dict[Spread, None] = {} if process_group is None else {(process_group,): None}
+    spreads: dict[Spread, None] = {} if process_group is None else {whole_or_named: None}
     seen: set[Tensor] = set()
-    for group in optimizer.param_groups:
+    for i, group in enumerate(optimizer.param_groups):
         sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
+        rule = i if group.get("fused") else -1  # `_fused` may make the base's step, with the options of one group
         for p in group["params"]:
-            over = spread(p, process_group)
+            over = spread(p) if is_dtensor(p) else whole_or_named
             spreads[over] = None
-            if p.grad is None or p in seen:
+            grad = p.grad
+            if grad is None or p in seen:
                 continue
             seen.add(p)
-            bucket = buckets.setdefault((p.device, p.dtype, over, sign), Bucket(over, sign))
-            stored = optimizer.state.get(p, {})
-            bucket.is_new |= DELTA not in stored
-            dtype = accumulator_dtype(p.dtype)
-            kept = {DELTA: _kept(stored, DELTA, p, dtype.to_complex() if p.is_complex() else dtype)}
-            bucket.owners.append(p)
-            bucket.state.append(kept)
-            grad = local(p.grad, like=p)
-            bucket.params.append(_real(local(p)))
-            bucket.grads.append(_real(grad if grad.layout is torch.strided else grad.to_dense()))
-            bucket.deltas.append(_real(local(kept[DELTA])))
-            if p.dtype.itemsize < 4:
-                # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
-                kept[COMPENSATION] = _kept(stored, COMPENSATION, p, torch.bfloat16)
-                bucket.compensations.append(local(kept[COMPENSATION]))
+            key = (p.device, p.dtype, over, sign, rule)
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket(over, sign, group)
+            bucket.add(p, grad, optimizer.state.get(p, {}))
     return list(buckets.values()), list(spreads)
 
 
@@ -90,18 +106,15 @@ def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
 
 
 def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype) -> Tensor:
-    if key in stored:
-        if stored[key].shape != p.shape:
-            raise ValueError(
-                f"mechanic_pytorch: the state {key!r} must have the shape of its parameter, {tuple(p.shape)}. Got "
-                f"{tuple(stored[key].shape)}. Remedy: drop it from optimizer.state[p] when you replace a parameter."
-            )
-        return stored[key].to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
-    return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    kept = stored.get(key)
+    if kept is None:
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    if kept.shape != p.shape:
+        raise ValueError(
+            f"mechanic_pytorch: the state {key!r} must have the shape of its parameter, {tuple(p.shape)}. Got "
+            f"{tuple(kept.shape)}. Remedy: drop it from optimizer.state[p] when you replace a parameter."
+        )
+    return kept.to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
 
 
 @contextmanager

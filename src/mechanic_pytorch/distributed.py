@@ -41,15 +41,8 @@ def local(tensor: Any, like: Any = None) -> Tensor:
     return tensor.to_local()  # type: ignore[no-any-return]
 
 
-def spread(param: Any, process_group: dist.ProcessGroup | None) -> Spread:
-    """Return the process groups over which a parameter is spread.
-
-    Args:
-        param: a parameter.
-        process_group: the group over which plain tensors are parts, or None if they are whole.
-    """
-    if not is_dtensor(param):
-        return () if process_group is None else (process_group,)
+def spread(param: Any) -> Spread:
+    """Return the process groups over which a `DTensor` is spread."""
     mesh, placements = param.device_mesh, param.placements
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 

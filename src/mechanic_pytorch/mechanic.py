@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _base, _buckets, _state, _warnings, kernels
+from mechanic_pytorch import _base, _buckets, _fused, _state, _warnings, kernels
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import TunerState
@@ -162,13 +162,14 @@ class Mechanic(Optimizer):
         back only for a base that requires a closure.
         """
         loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
-        config, kernel = self.mechanic_config, kernels.select()
+        config = self.mechanic_config
         buckets, spreads = _buckets.collect(self, config.process_group)
         if not buckets and not any(spreads):
             return loss
 
         # Measure.
         old = _state.read_tuner(self, len(config.betas))
+        kernel = kernels.select(old.scales.device)
         if not self._options_compared:
             params = (p for group in self.param_groups for p in group["params"])
             check_parts(type(self).__name__, params, config.process_group)
@@ -194,16 +195,21 @@ class Mechanic(Optimizer):
         new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
 
         # Base step and move.
-        base_step = _base.unhooked_step(super())
-        evaluates_again = closure is not None and _base.requires_closure(base_step)
-        with _buckets.undone_on_error(self, buckets, whole_state=evaluates_again) as before:
-            with _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
-                loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
-            if not self._base_has_moved and not skip.item():
-                _warnings.check_that_base_moved(self, buckets, before)
-            for bucket, bucket_before in zip(buckets, before, strict=True):
-                scales = (state.scales.sum().to(bucket.deltas[0]) for state in (old, new))
-                kernel.move(bucket.params, bucket_before, bucket.deltas, bucket.compensations or None, *scales)
+        scales = old.scales.sum(), new.scales.sum()
+        rules = _fused.rules_of(self, buckets, kernel) if base_skips and self._base_has_moved else None
+        if rules is not None:
+            _fused.step_and_move(self, buckets, rules, kernel, scales, skip)
+        else:
+            base_step = _base.unhooked_step(super())
+            evaluates_again = closure is not None and _base.requires_closure(base_step)
+            with _buckets.undone_on_error(self, buckets, whole_state=evaluates_again) as before:
+                with _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
+                    loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
+                if not self._base_has_moved and not skip.item():
+                    _warnings.check_that_base_moved(self, buckets, before)
+                for bucket, starts in zip(buckets, before, strict=True):
+                    converted = (scale.to(bucket.deltas[0]) for scale in scales)
+                    kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)

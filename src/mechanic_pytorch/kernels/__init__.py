@@ -20,6 +20,10 @@ for parameters of less than 32 bits, one tensor per parameter that holds what ro
 added back before the move and renewed after it. A compensation that could not come from rounding its parameter
 belongs to a value that somebody has since overwritten, and counts as zero.
 
+A kernel may also have `step_and_move(rule, params, grads, deltas, compensations, old_scale, new_scale)`, which makes
+the step of a base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`, which
+tells whether it can for these tensors. The result is that of the base's step followed by `move`.
+
 `for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
 """
 
@@ -27,9 +31,10 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from mechanic_pytorch.kernels import for_loop, foreach
+from mechanic_pytorch.kernels import blocks, for_loop, foreach
 
 __all__ = ["KERNELS", "Kernel", "select"]
 
@@ -54,16 +59,16 @@ class Kernel(Protocol):
         ...
 
 
-KERNELS: dict[str, Kernel] = {"foreach": foreach, "for_loop": for_loop}
+KERNELS: dict[str, Kernel] = {"blocks": blocks, "foreach": foreach, "for_loop": for_loop}
 
 
-def select() -> Kernel:
-    """Return the fastest kernel, or the one that the environment variable `MECHANIC_KERNEL` names (for debugging).
+def select(device: torch.device) -> Kernel:
+    """Return the fastest kernel for a device, or the one that the environment variable `MECHANIC_KERNEL` names.
 
     Raises:
         ValueError: `MECHANIC_KERNEL` names no kernel.
     """
-    name = os.environ.get("MECHANIC_KERNEL", "foreach")
+    name = os.environ.get("MECHANIC_KERNEL", "blocks" if device.type == "cpu" else "foreach")
     if name not in KERNELS:
         raise ValueError(
             f"mechanic_pytorch: MECHANIC_KERNEL must be one of {sorted(KERNELS)}. Got {name!r}. "

@@ -1,0 +1,105 @@
+"""Bases whose whole rule torch has as one function: SGD, Adam and AdamW with `fused=True`.
+
+A kernel that can (`step_and_move`) makes their step by itself, on the base's own state, and moves in the same pass, so
+that no copy of the weights is made. The result is that of the base's `step` followed by `move`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from mechanic_pytorch._buckets import Bucket
+from mechanic_pytorch.distributed import local
+from mechanic_pytorch.kernels import Kernel
+from mechanic_pytorch.kernels.rule import Rule
+
+
+def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket], kernel: Kernel) -> list[Rule] | None:
+    """Return the rule by which the kernel can make the base's step for each bucket, or None if the base has to.
+
+    The base has to where it is not exactly one of torch's own, was not asked for `fused=True`, is about to create state
+    or to report an error, or where the kernel cannot.
+    """
+    base = type(optimizer)._mechanic_made_from[1]  # type: ignore[attr-defined]
+    make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(base)
+    can_step = getattr(kernel, "can_step", None)
+    if make is None or can_step is None or not all(group.get("fused") for group in optimizer.param_groups):
+        return None
+    rules = []
+    for bucket in buckets:
+        if bucket.is_new or any(p.is_complex() for p in bucket.owners):
+            return None
+        rule = make(bucket.group, [optimizer.state[p] for p in bucket.owners])
+        if rule is None or not can_step(bucket.params, bucket.grads, bucket.deltas, *rule.states):
+            return None
+        if any(g.dtype != bucket.params[0].dtype for g in bucket.grads):
+            return None
+        rules.append(rule)
+    return rules
+
+
+def step_and_move(
+    optimizer: Optimizer,
+    buckets: Sequence[Bucket],
+    rules: Sequence[Rule],
+    kernel: Kernel,
+    scales: tuple[Tensor, Tensor],
+    skip: Tensor,
+) -> None:
+    """Make the base's step and rescale it, for all buckets; where `skip` holds, change nothing.
+
+    Args:
+        optimizer: whose `grad_scale` the gradients still hold, if a `GradScaler` has left one there.
+        buckets: the buckets.
+        rules: what `rules_of` returned for them.
+        kernel: the kernel that it was asked for.
+        scales: that of the last step and that of this one, shape () each.
+        skip: whether to change nothing, shape ().
+    """
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    for bucket, rule in zip(buckets, rules, strict=True):
+        device = bucket.params[0].device
+        found_inf = skip.to(device, torch.float32)
+        scaler = {"grad_scale": None if grad_scale is None else grad_scale.to(device), "found_inf": found_inf}
+        if rule.steps:
+            torch._foreach_add_(rule.steps, 1)
+        kernel.step_and_move(  # type: ignore[attr-defined]
+            rule._replace(options={**rule.options, **scaler}),
+            bucket.params,
+            bucket.grads,
+            bucket.deltas,
+            bucket.compensations or None,
+            *(scale.to(bucket.deltas[0]) for scale in scales),
+        )
+        if rule.steps:
+            torch._foreach_sub_(rule.steps, [found_inf] * len(rule.steps))
+
+
+def _sgd(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
+    names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+    options = {**{name: group[name] for name in names}, "is_first_step": False}
+    keys = ["momentum_buffer"] if group["momentum"] else []
+    if not all(state.get(key) is not None for state in states for key in keys):
+        return None
+    return Rule(
+        torch._fused_sgd_, [[local(state[key]) for state in states] for key in keys], 1 - len(keys), [], options
+    )
+
+
+def _adam(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
+    beta1, beta2 = group["betas"]
+    keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor) or group["capturable"]:
+        return None
+    if not all(key in state for state in states for key in keys):
+        return None
+    names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
+    options = {**{name: group[name] for name in names}, "beta1": beta1, "beta2": beta2}
+    function = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    columns = [[local(state[key]) for state in states] for key in keys]
+    return Rule(function, columns, 3 - len(keys), [state["step"] for state in states], options)
