@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 HOST_READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_unique2", "masked_select")
 
@@ -50,6 +51,8 @@ def transient_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of all tensors that the optimizer keeps for its parameters."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    """Return the bytes of all tensors that the optimizer keeps beside parameters and gradients."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    leaves = tree_leaves([list(optimizer.state.values()), groups])
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())

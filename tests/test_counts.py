@@ -5,7 +5,7 @@ import torch
 
 from bases import CASES
 from counting import Operations, state_bytes, transient_bytes
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import kernels, mechanize
 from problems import loss_of, mlp
 
 
@@ -71,7 +71,8 @@ def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta):
     optimizer = mechanize(torch.optim.SGD, store_delta=store_delta)(model.parameters(), lr=1.0)
     loss_of(model, 0).backward()
     optimizer.step()
-    assert state_bytes(optimizer) == bytes_per_weight * sum(p.numel() for p in model.parameters())
+    tuner = 4 * 6 * (8 if dtype == torch.float64 else 4) + 2 * 8  # four vectors, two counters
+    assert state_bytes(optimizer) == tuner + bytes_per_weight * sum(p.numel() for p in model.parameters())
 
 
 def large(dtype, n=3 * 2**20):
@@ -104,6 +105,17 @@ def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dt
     copies = 0 if options.get("fused") else dtype.itemsize * weights
     blocks = 4 * 2**18 * (2 if dtype == torch.float32 else 10)
     assert transient_bytes(mechanized.step) <= transient_bytes(plain.step) + copies + blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_for_lists_needs_one_transient_copy_and_some_chunks(dtype, monkeypatch):
+    monkeypatch.setenv("MECHANIC_KERNEL", "foreach")
+    monkeypatch.setattr(kernels.foreach, "CHUNK", 2**16)
+    optimizer = mechanize(torch.optim.SGD)(large(dtype), lr=1.0)
+    for _ in range(2):
+        optimizer.step()
+    copies = dtype.itemsize * sum(p.numel() for p in optimizer.param_groups[0]["params"])
+    assert transient_bytes(optimizer.step) <= copies + 10 * 4 * 2**16
 
 
 def test_the_transient_bytes_are_counted():

@@ -159,7 +159,9 @@ class Mechanic(Optimizer):
 
         If anything raises, the parameters and the tuner's vectors are put back as they were, and what the base has
         added to the state at a first step is taken out again. What it has changed in place, such as momentum, is put
-        back only for a base that requires a closure.
+        back only for a base that requires a closure. Of torch's SGD, Adam and AdamW with `fused=True` no copy is made
+        on a CPU: there an interrupt (Ctrl-C) in the middle of a step may find some weights stepped and others not, as
+        with the plain ones.
         """
         loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
         config = self.mechanic_config

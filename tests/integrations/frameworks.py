@@ -17,8 +17,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.append(str(Path(__file__).parents[1]))
-
 import layouts
 from mechanic_pytorch import mechanize
 

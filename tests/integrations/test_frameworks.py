@@ -36,6 +36,7 @@ def outcomes(tmp_path_factory):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [frameworks.__file__, framework, str(directory), str(first)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the worker imports what tests import
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
         files = [directory / f"{framework}-{first}-{rank}.pt" for rank in range(2)]
         assert all(file.exists() for file in files), done.stdout + done.stderr

@@ -43,7 +43,7 @@ def move(
         if _is_slice(xs) and compensations is None:
             _move_slice(xs[0] - starts[0], starts[0], ours[0][0], old_scale, new_scale, out=xs[0])
         else:
-            _move_pack(_line(xs), xs, starts, *ours, old_scale=old_scale, new_scale=new_scale)
+            _move_pack(_line(xs), _line(starts), xs, *ours, old_scale=old_scale, new_scale=new_scale)
 
 
 def step_and_move(
@@ -63,18 +63,22 @@ def step_and_move(
         if _is_slice(xs):
             after = scratch[: len(xs[0])].copy_(xs[0])
             pieces: Part = (after,)
+            start = xs[0]
         else:
-            after = _packed(xs)
+            start = _packed(xs)
+            after = start.clone()
             pieces = _unpacked(after, xs)
         rule.apply(pieces, gs, states, indices)
         if _is_slice(xs) and compensations is None:
-            _move_slice(after.sub_(xs[0]), xs[0], ours[0][0], old_scale, new_scale, out=xs[0])
+            _move_slice(after.sub_(start), start, ours[0][0], old_scale, new_scale, out=start)
         else:
-            _move_pack(after, xs, xs, *ours, old_scale=old_scale, new_scale=new_scale)
+            _move_pack(after, start, xs, *ours, old_scale=old_scale, new_scale=new_scale)
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
     """Tell whether all tensors of each parameter lie in memory in the same order, as `step_and_move` needs them."""
+    if all([t.is_contiguous() for tensors in (params, *others) for t in tensors]):  # noqa: C419  # see _aligned
+        return True
     return all(_aligned(tensors) is not None for tensors in zip(params, *others, strict=True))
 
 
@@ -88,15 +92,15 @@ def _move_slice(
 
 def _move_pack(
     after: Tensor,
+    start: Tensor,
     xs: Part,
-    starts: Part,
     deltas: Part,
     compensations: Part | None = None,
     *,
     old_scale: Tensor,
     new_scale: Tensor,
 ) -> None:
-    start, delta = _line(starts), _line(deltas)
+    delta = _line(deltas)
     if compensations is not None:
         compensation = _line(compensations)
         for_loop.move([after], [start], [delta], [compensation], old_scale, new_scale)
@@ -105,12 +109,10 @@ def _move_pack(
                 torch._foreach_copy_(part, _unpacked(line, part))
         return
     update = after.sub_(start)
-    pieces = _unpacked(update, xs)
+    pieces = _unpacked(update, xs)  # they share its memory
     torch._foreach_add_(deltas, pieces)
-    update.mul_(new_scale).addcmul_(delta, new_scale - old_scale)  # `pieces` are parts of it
-    if starts is not xs:
-        torch._foreach_copy_(xs, starts)
-    torch._foreach_add_(xs, pieces)
+    update.mul_(new_scale).addcmul_(delta, new_scale - old_scale).add_(start)
+    torch._foreach_copy_(xs, pieces)
 
 
 def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, ...], ...]]:
@@ -121,9 +123,9 @@ def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, ...], ...]]:
         n = tensors[0].numel()
         aligned = _aligned(tensors)
         if n >= SMALL and aligned is not None:
-            slices = [t.view(-1).split(BLOCK) for t in aligned]  # type: ignore[no-untyped-call]
-            for block in zip(*slices, strict=True):
-                yield (i,), *[(part,) for part in block]
+            lines = [t.view(-1) for t in aligned]
+            for start in range(0, n, BLOCK):
+                yield (i,), *([(line[start : start + BLOCK],) for line in lines] if n > BLOCK else zip(lines))
         elif n > 0:
             pack.append((i, *(aligned or tensors)))
             size += n

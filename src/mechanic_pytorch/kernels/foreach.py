@@ -1,23 +1,20 @@
-"""The same two functions over whole lists, by `torch._foreach_*`: few launches on a GPU, no compiler needed."""
+"""The same two functions over whole lists, by `torch._foreach_*`: few launches on a GPU, no compiler needed.
 
-from collections.abc import Sequence
+The lists are worked through in chunks, so that the scratch memory does not grow with the model.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+CHUNK = 2**24  # numbers: enough to fill a GPU, and some arrays of them are little beside a model that is larger
+
 
 def measure(params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,)."""
-    dtype = deltas[0].dtype
-    products = [
-        # Type promotion does the product in the dtype of delta; one tensor at a time bounds the scratch memory.
-        torch.stack([(delta * other).sum() for delta, other in zip(deltas, others, strict=True)]).sum()
-        for others in (grads, params)
-    ]
-    squares = [
-        torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)).square().sum() for tensors in (grads, params)
-    ]
-    return torch.stack([*products, *squares])
+    sums = [_measure(*lists) for lists in _chunks(params, grads, deltas)]
+    return torch.stack(sums).sum(0)
 
 
 def move(
@@ -29,7 +26,50 @@ def move(
     new_scale: Tensor,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    params, before, deltas = list(params), list(before), list(deltas)
+    for lists in _chunks(params, before, deltas, *([] if compensations is None else [compensations])):
+        _move(*lists, old_scale=old_scale, new_scale=new_scale)
+
+
+def _chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Yield shorter lists of corresponding tensors, or of slices where a tensor is larger than a chunk."""
+    chunk: list[Sequence[Tensor]] = []
+    size = 0
+    for tensors in zip(*lists, strict=True):
+        n = tensors[0].numel()
+        pieces: Sequence[Sequence[Tensor]] = [tensors]
+        if n > CHUNK and all(t.is_contiguous() for t in tensors):
+            slices = [t.view(-1).split(CHUNK) for t in tensors]
+            pieces = list(zip(*slices, strict=True))
+        for piece in pieces:
+            if chunk and size + piece[0].numel() > CHUNK:
+                yield [list(column) for column in zip(*chunk, strict=True)]
+                chunk, size = [], 0
+            chunk.append(piece)
+            size += piece[0].numel()
+    if chunk:
+        yield [list(column) for column in zip(*chunk, strict=True)]
+
+
+def _measure(params: list[Tensor], grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
+    dtype = deltas[0].dtype
+    products = [
+        # Type promotion does the product in the dtype of delta; one tensor at a time bounds the scratch memory.
+        torch.stack([(delta * other).sum() for delta, other in zip(deltas, others, strict=True)]).sum()
+        for others in (grads, params)
+    ]
+    squares = [torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square().sum() for tensors in (grads, params)]
+    return torch.stack([*products, *squares])
+
+
+def _move(
+    params: list[Tensor],
+    before: list[Tensor],
+    deltas: list[Tensor],
+    compensations: list[Tensor] | None = None,
+    *,
+    old_scale: Tensor,
+    new_scale: Tensor,
+) -> None:
     dtype = deltas[0].dtype
     start = [x_before.to(dtype) for x_before in before]
     # Everything that allocates comes first: running out of memory then leaves the deltas as they were.
