@@ -73,7 +73,10 @@ def assert_all_close(actual, expected, dtype):
 @pytest.mark.parametrize("name", OTHERS)
 def test_measure_equals_the_reference(name, dtype, device):
     _, params, grads, deltas, _ = problem(dtype, device)
-    actual = kernels.KERNELS[name].measure(params, grads, deltas)
+    copies = [torch.empty_like(x) for x in params]
+    actual = kernels.KERNELS[name].measure(params, grads, deltas, copies)
+    assert all(torch.equal(x, c) for x, c in zip(params, copies, strict=True))
+    assert torch.equal(kernels.KERNELS[name].measure(params, grads, deltas), actual)
     expected = kernels.KERNELS["for_loop"].measure(params, grads, deltas)
     assert actual.shape == (4,)
     assert actual.dtype == accumulator_dtype(dtype)
@@ -207,6 +210,8 @@ def test_the_environment_can_force_a_kernel(monkeypatch):
     monkeypatch.delenv("MECHANIC_KERNEL")
     assert kernels.select(torch.device("cpu")) is kernels.KERNELS["blocks"]
     assert kernels.select(torch.device("cuda")) is kernels.KERNELS["foreach"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels.select(torch.device("cpu")) is kernels.KERNELS["foreach"]
 
 
 def test_an_unknown_kernel_is_refused():

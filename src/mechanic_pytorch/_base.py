@@ -10,22 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 
-def unhooked_step(base: Any) -> Callable[..., Any]:
-    """Return the bound `step` of `base` (a `super()`) without the wrapper that torch puts around it.
+def unwrapped_step(optimizer: Optimizer, mixin: type[Optimizer]) -> Callable[..., Any]:
+    """Return the bound `step` of the base, the class that follows `mixin`, without what torch wraps around it.
 
     torch wraps `Base.step` in hooks and a profiler record as soon as one plain `Base` exists. Those of the mechanized
-    step have fired for both.
+    step have fired for both. Its own bases are also wrapped in a switch of the grad mode, to what it is already.
     """
-    bound = base.step
-    function = bound.__func__
-    while getattr(function, "__code__", None) is _HOOK:
-        function = function.__wrapped__
-    return function.__get__(bound.__self__)  # type: ignore[no-any-return]
+    classes = type(optimizer).__mro__
+    function = classes[classes.index(mixin) + 1].step  # type: ignore[attr-defined]
+    while True:
+        inner = getattr(function, "_torchdynamo_orig_callable", function)  # torch.compile wraps some steps once more
+        if getattr(inner, "__code__", None) not in _WRAPPERS:
+            return function.__get__(optimizer)  # type: ignore[no-any-return]
+        function = inner.__wrapped__
 
 
-_HOOK = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what all those wrappers share
+_WRAPPERS = [
+    wrap(lambda optimizer: None).__code__ for wrap in (Optimizer.profile_hook_step, _use_grad_for_differentiable)
+]
 
 
 def requires_closure(step: Callable[..., Any]) -> bool:
@@ -47,6 +52,18 @@ def first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]
             return closure()
 
     return loss, replay
+
+
+def can_ask_host() -> bool:
+    """Tell whether the host can look at a value: not while `torch.compile` or a CUDA graph records the step."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    return not (capturing or torch.compiler.is_compiling())
+
+
+def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function for a compiler to leave alone."""
+    disabled: Callable[..., Any] = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def skips_by_itself(optimizer: Optimizer) -> bool:

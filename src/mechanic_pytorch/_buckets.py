@@ -118,13 +118,14 @@ def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype) ->
 
 
 @contextmanager
-def undone_on_error(optimizer: Optimizer, buckets: list[Bucket], *, whole_state: bool) -> Iterator[list[list[Tensor]]]:
-    """Yield copies of the buckets' parameters, and put these and the base's state back if the block raises.
+def undone_on_error(
+    optimizer: Optimizer, buckets: list[Bucket], before: list[list[Tensor]], *, whole_state: bool
+) -> Iterator[None]:
+    """Put the buckets' parameters, of which `before` holds copies, and the base's state back if the block raises.
 
     What the base adds to a parameter's state at its first step is always taken back. State that it changes in place is
     put back only with `whole_state`, which costs a copy of it.
     """
-    before = [[x.clone() for x in bucket.params] for bucket in buckets]
     if whole_state:
         guarded = [p for group in optimizer.param_groups for p in group["params"]]
     else:
@@ -132,14 +133,36 @@ def undone_on_error(optimizer: Optimizer, buckets: list[Bucket], *, whole_state:
     copied = copy.deepcopy if whole_state else dict
     saved = {p: copied(optimizer.state[p]) for p in guarded if p in optimizer.state}
     try:
-        yield before
+        yield
     except BaseException:
         for bucket, copies in zip(buckets, before, strict=True):
-            for x, x_before in zip(bucket.params, copies, strict=True):
-                x.copy_(x_before)
+            torch._foreach_copy_(bucket.params, copies)
         for p in guarded:
             if p in saved:
                 optimizer.state[p] = saved[p]
             else:
                 optimizer.state.pop(p, None)
         raise
+
+
+@contextmanager
+def undone_where(
+    skip: Tensor | None, optimizer: Optimizer, buckets: list[Bucket], before: list[list[Tensor]]
+) -> Iterator[None]:
+    """Put the same things back where `skip` holds, without a look at it; None does nothing. It costs a copy of them.
+
+    State that the block creates becomes 0 there, as bases have it at their start.
+    """
+    if skip is None:
+        yield
+        return
+    states = [optimizer.state[p] for bucket in buckets for p in bucket.owners]
+    saved = [{key: value.clone() for key, value in state.items() if isinstance(value, Tensor)} for state in states]
+    yield
+    for bucket, copies in zip(buckets, before, strict=True):
+        for x, x_before in zip(bucket.params, copies, strict=True):
+            x.copy_(torch.where(skip.to(x.device), x_before, x))
+    for state, old in zip(states, saved, strict=True):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.copy_(torch.where(skip.to(value.device), old.get(key, torch.zeros_like(value)), value))

@@ -94,7 +94,7 @@ def _sgd(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | N
 def _adam(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
     beta1, beta2 = group["betas"]
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor) or group["capturable"]:
+    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
         return None
     if not all(key in state for state in states for key in keys):
         return None

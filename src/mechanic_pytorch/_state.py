@@ -49,10 +49,9 @@ _TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
 def attach_tuner(optimizer: Optimizer, n: int) -> None:
     """Give the optimizer a tuner that has seen nothing, unless it has one already."""
     home = optimizer.param_groups[0]
-    for key in _TUNER_KEYS:
-        home.setdefault(key, torch.zeros(n, device="cpu"))
-    for key in (STEPS, SKIPPED_STEPS):
-        home.setdefault(key, torch.zeros((), dtype=torch.int64, device="cpu"))
+    if STEPS not in home:
+        home.update({key: torch.zeros(n, device="cpu") for key in _TUNER_KEYS})
+        home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
 
 
 def read_tuner(optimizer: Optimizer, n: int) -> TunerState:
@@ -61,10 +60,11 @@ def read_tuner(optimizer: Optimizer, n: int) -> TunerState:
     home, params = optimizer.param_groups[0], [p for group in optimizer.param_groups for p in group["params"]]
     if params:
         wide = any(accumulator_dtype(p.dtype) is torch.float64 for p in params)
-        for key in _TUNER_KEYS:
-            home[key] = home[key].to(params[0].device, torch.float64 if wide else torch.float32)
-        for key in (STEPS, SKIPPED_STEPS):
-            home[key] = home[key].to(params[0].device)
+        device, dtype = params[0].device, torch.float64 if wide else torch.float32
+        tuner = home[_TUNER_KEYS[0]]
+        if tuner.device != device or tuner.dtype != dtype:
+            home.update({key: home[key].to(device, dtype) for key in _TUNER_KEYS})
+            home.update({key: home[key].to(device) for key in (STEPS, SKIPPED_STEPS)})
     return TunerState(*(home[key] for key in _TUNER_KEYS))
 
 

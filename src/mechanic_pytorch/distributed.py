@@ -77,7 +77,7 @@ def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]
     zero = torch.zeros_like(parts[()])
     pending = dict.fromkeys(spreads, zero) | dict(parts)
     while True:
-        longest = max(pending, key=len)
+        longest = sorted(pending, key=len)[-1]
         total = pending.pop(longest)
         if not longest:
             return total

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
@@ -168,6 +169,8 @@ class Mechanic(Optimizer):
         buckets, spreads = _buckets.collect(self, config.process_group)
         if not buckets and not any(spreads):
             return loss
+        if torch.compiler.is_compiling() and any(bucket.is_new for bucket in buckets):
+            return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
 
         # Measure.
         old = _state.read_tuner(self, len(config.betas))
@@ -177,9 +180,13 @@ class Mechanic(Optimizer):
             check_parts(type(self).__name__, params, config.process_group)
             check_agreement(type(self).__name__, {**config.shared(), "dtype": old.scales.dtype}, spreads)
             self._options_compared = True
+        asks, base_skips = _base.can_ask_host(), _base.skips_by_itself(self)
+        known = base_skips and (self._base_has_moved or not asks)
+        rules = _fused.rules_of(self, buckets, kernel) if known else None
+        before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
-        for bucket in buckets:
-            part = kernel.measure(bucket.params, bucket.grads, bucket.deltas).to(old.scales)
+        for bucket, copies in zip_longest(buckets, before):
+            part = kernel.measure(bucket.params, bucket.grads, bucket.deltas, copies).to(old.scales)
             parts[bucket.spread] += torch.cat([bucket.sign * part[:1], part[1:]])
         parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
         dots = sum_over_processes(parts, spreads)
@@ -187,9 +194,9 @@ class Mechanic(Optimizer):
         # Tune.
         new = tune(old, dots, config)
         skip = torch.stack(new).isfinite().all().logical_not()
-        base_skips = _base.skips_by_itself(self)
-        # Even such a base creates state at its first step, and not always with defined values.
-        if config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets)) and skip.item():
+        # Even a base that skips by itself creates state at its first step, and not always with defined values.
+        we_skip = config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets))
+        if we_skip and asks and skip.item():
             self._count(skip)
             _warnings.warn_if_stuck(self)
             return loss
@@ -198,16 +205,16 @@ class Mechanic(Optimizer):
 
         # Base step and move.
         scales = old.scales.sum(), new.scales.sum()
-        rules = _fused.rules_of(self, buckets, kernel) if base_skips and self._base_has_moved else None
         if rules is not None:
             _fused.step_and_move(self, buckets, rules, kernel, scales, skip)
         else:
-            base_step = _base.unhooked_step(super())
+            base_step = _base.unwrapped_step(self, Mechanic)
             evaluates_again = closure is not None and _base.requires_closure(base_step)
-            with _buckets.undone_on_error(self, buckets, whole_state=evaluates_again) as before:
-                with _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
+            with _buckets.undone_on_error(self, buckets, before, whole_state=evaluates_again):
+                undone = _buckets.undone_where(skip if we_skip and not asks else None, self, buckets, before)
+                with undone, _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
                     loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
-                if not self._base_has_moved and not skip.item():
+                if asks and not self._base_has_moved and not skip.item():
                     _warnings.check_that_base_moved(self, buckets, before)
                 for bucket, starts in zip(buckets, before, strict=True):
                     converted = (scale.to(bucket.deltas[0]) for scale in scales)
@@ -303,8 +310,8 @@ class Mechanic(Optimizer):
 
     def _count(self, skip: Tensor) -> None:
         home, config = self.param_groups[0], self.mechanic_config
-        home[_state.STEPS] += 1
-        home[_state.SKIPPED_STEPS] += skip
+        home[_state.STEPS].add_(1)
+        home[_state.SKIPPED_STEPS].add_(skip)
         if not config.log_every:
             return
         self._log_count = int(home[_state.STEPS]) if self._log_count is None else self._log_count + 1

@@ -4,9 +4,10 @@ A kernel is a module with two functions over parallel lists of plain, dense, rea
 share a device, and their parameters a dtype; `deltas` are float32 (float64 for float64 parameters). Kernels know
 nothing of parameter groups, optimizer state, sharding or the tuner.
 
-`measure(params, grads, deltas)` returns the four sums of which the tuner is made, as one tensor of shape (4,) in the
-dtype of the deltas: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors,
-so they may be added over buckets, devices and shards.
+`measure(params, grads, deltas, copies)` returns the four sums of which the tuner is made, as one tensor of shape (4,)
+in the dtype of the deltas: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the
+tensors, so they may be added over buckets, devices and shards. `copies` is None, or tensors like `params` that it
+fills with their values on the way: what `move` wants as `before`.
 
 `move(params, before, deltas, compensations, old_scale, new_scale)` is called after the base optimizer has turned
 `before` into `params`. It changes these in place, and nothing else:
@@ -42,8 +43,14 @@ __all__ = ["KERNELS", "Kernel", "select"]
 class Kernel(Protocol):
     """What a kernel module offers."""
 
-    def measure(self, params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-        """Return the four sums."""
+    def measure(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        copies: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the four sums, and fill the copies."""
         ...
 
     def move(
@@ -68,7 +75,8 @@ def select(device: torch.device) -> Kernel:
     Raises:
         ValueError: `MECHANIC_KERNEL` names no kernel.
     """
-    name = os.environ.get("MECHANIC_KERNEL", "blocks" if device.type == "cpu" else "foreach")
+    fastest = "blocks" if device.type == "cpu" and not torch.compiler.is_compiling() else "foreach"
+    name = os.environ.get("MECHANIC_KERNEL", fastest)
     if name not in KERNELS:
         raise ValueError(
             f"mechanic_pytorch: MECHANIC_KERNEL must be one of {sorted(KERNELS)}. Got {name!r}. "

@@ -20,12 +20,19 @@ BLOCK = 2**18  # numbers: some arrays of that size fit a cache, and it hides wha
 SMALL = 2**14  # tensors of less are cheaper to copy side by side than to treat one by one
 
 
-def measure(params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,)."""
+def measure(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    copies: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     dtype = deltas[0].dtype
     sums = []
-    for _, *parts in _blocks(params, grads, deltas):
-        x, g, delta = (_line(part).to(dtype) for part in parts)
+    for _, xs, gs, ds, *copied in _blocks(params, grads, deltas, *([] if copies is None else [copies])):
+        x, g, delta = (_line(part).to(dtype) for part in (xs, gs, ds))
+        if copied:
+            torch._foreach_copy_(copied[0], xs)
         sums += [delta.dot(g), delta.dot(x), g.dot(g), x.dot(x)]
     return torch.stack(sums).view(-1, 4).sum(0) if sums else deltas[0].new_zeros(4)
 

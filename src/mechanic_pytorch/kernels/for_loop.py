@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 
-def measure(params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,)."""
+def measure(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    copies: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     sums = deltas[0].new_zeros(4)
     for x, g, delta in zip(params, grads, deltas, strict=True):
         x, g = x.to(delta.dtype), g.to(delta.dtype)
         sums += torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
+    if copies is not None:
+        torch._foreach_copy_(list(copies), list(params))
     return sums
 
 

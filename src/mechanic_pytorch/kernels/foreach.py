@@ -8,12 +8,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mechanic_pytorch.kernels.rule import Rule
+
 CHUNK = 2**24  # numbers: enough to fill a GPU, and some arrays of them are little beside a model that is larger
 
 
-def measure(params: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,)."""
+def measure(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    copies: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     sums = [_measure(*lists) for lists in _chunks(params, grads, deltas)]
+    if copies is not None:
+        torch._foreach_copy_(list(copies), list(params))
     return torch.stack(sums).sum(0)
 
 
@@ -28,6 +37,29 @@ def move(
     """Rescale the base optimizer's step from `before` to `params`, in place."""
     for lists in _chunks(params, before, deltas, *([] if compensations is None else [compensations])):
         _move(*lists, old_scale=old_scale, new_scale=new_scale)
+
+
+def step_and_move(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    compensations: Sequence[Tensor] | None,
+    old_scale: Tensor,
+    new_scale: Tensor,
+) -> None:
+    """Make the base's step and rescale it, in place."""
+    before = [x.clone() for x in params]
+    lr = rule.options["lr"]
+    if not isinstance(lr, Tensor):  # a number would be compiled in, again for every new one
+        rule = rule._replace(options={**rule.options, "lr": torch.full((), lr, dtype=torch.float32)})
+    rule.apply(params, grads, rule.states, range(len(params)))
+    move(params, before, deltas, compensations, old_scale, new_scale)
+
+
+def can_step(*lists: Sequence[Tensor]) -> bool:
+    """Tell whether to do so: only for a compiler, which cannot look into the fused steps of torch's own classes."""
+    return torch.compiler.is_compiling()
 
 
 def _chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:

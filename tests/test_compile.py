@@ -1,0 +1,141 @@
+"""`torch.compile(optimizer.step)`: one graph, compiled once, that does what the uncompiled step does."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from mechanic_pytorch import mechanize
+from problems import loss_of, mlp
+from test_resume import assert_identical
+
+# torch's own compiler imports what torch itself calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+BASES = {
+    "SGD": (torch.optim.SGD, {}),
+    "SGD_momentum": (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
+    "SGD_fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+    "AdamW": (torch.optim.AdamW, {"foreach": False}),
+    "AdamW_foreach": (torch.optim.AdamW, {"foreach": True}),
+    "AdamW_fused": (torch.optim.AdamW, {"fused": True}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def from_scratch():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs each graph as it is, and counts."""
+
+    def __init__(self):
+        self.compiled = self.runs = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*arguments):
+            self.runs += 1
+            return graph(*arguments)
+
+        return run
+
+
+def train(model, optimizer, steps, first=0, step=None):
+    """Train while a schedule changes the lr at every step."""
+    for t in range(first, first + steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0 / (1 + t)
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        (step or optimizer.step)()
+
+
+def build(name, dtype=torch.float32, **mechanic_options):
+    base, options = BASES[name]
+    model = mlp(dtype)
+    return model, mechanize(base, s_init=1e-3, **mechanic_options)(model.parameters(), lr=1.0, **options)
+
+
+def assert_same(model, optimizer, twin, other, **tolerance):
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+        torch.testing.assert_close(optimizer.state[p]["mechanic_delta"], other.state[q]["mechanic_delta"], **tolerance)
+    torch.testing.assert_close(optimizer.scale, other.scale, **tolerance)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_one_graph_for_all_steps_after_the_first(name):
+    """The first step creates state and is not compiled."""
+    (model, optimizer), (twin, other) = build(name, torch.float64), build(name, torch.float64)
+    graphs = Graphs()
+    step = torch.compile(optimizer.step, backend=graphs)
+    train(model, optimizer, 3, step=step)
+    compiled, runs = graphs.compiled, graphs.runs
+    train(model, optimizer, 20, first=3, step=step)
+    assert graphs.compiled == compiled, "a new lr, a new scale, and nothing is compiled again"
+    assert graphs.runs == runs + 20, "one graph a step"
+    train(twin, other, 23)
+    assert optimizer.scale > 1e-3
+    if name.startswith("Adam") or "fused" in name:  # Adam is made capturable, the lr a tensor: both count in float32
+        assert_same(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
+    else:
+        assert_same(model, optimizer, twin, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
+@pytest.mark.parametrize("name", BASES)
+def test_no_graph_break(name, lr):
+    base, options = BASES[name]
+    if isinstance(lr, torch.Tensor) and options.get("foreach"):
+        options = {**options, "foreach": False}  # torch wants capturable=True for that, and a GPU for capturable
+    model = mlp(torch.float32)
+    optimizer = mechanize(base)(model.parameters(), lr=lr, **options)
+    graphs = Graphs()
+    step = torch.compile(optimizer.step, backend=graphs, fullgraph=True)
+    for t in range(8):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        (step if t > 0 else optimizer.step)()
+        optimizer.param_groups[0]["lr"] *= 0.9
+    assert graphs.runs == 7
+    assert graphs.compiled == (1 if isinstance(lr, torch.Tensor) else 2), "a float is taken for a constant once"
+
+
+def test_bfloat16():
+    (model, optimizer), (twin, other) = build("SGD_momentum", torch.bfloat16), build("SGD_momentum", torch.bfloat16)
+    train(model, optimizer, 12, step=torch.compile(optimizer.step, backend=Graphs()))
+    train(twin, other, 12)
+    assert_same(model, optimizer, twin, other, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_compiled_step_skips_without_asking_the_host(name):
+    model, optimizer = build(name)
+    graphs = Graphs()
+    step = torch.compile(optimizer.step, backend=graphs)
+    train(model, optimizer, 4, step=step)
+    loss_of(model, 9).backward()
+    next(model.parameters()).grad.view(-1)[0] = float("nan")
+    before, runs = copy.deepcopy([list(model.parameters()), optimizer.state_dict()]), graphs.runs
+    step()
+    assert graphs.runs == runs + 1
+    home = before[1]["param_groups"][0]
+    home["mechanic_steps"] += 1
+    home["mechanic_skipped_steps"] += 1
+    assert_identical([list(model.parameters()), optimizer.state_dict()], before)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor compiles C++ on CPU")
+def test_inductor():
+    """The default backend, which fuses and reorders: the same up to rounding."""
+    (model, optimizer), (twin, other) = build("AdamW_foreach"), build("AdamW_foreach")
+    train(model, optimizer, 12, step=torch.compile(optimizer.step))
+    train(twin, other, 12)
+    assert_same(model, optimizer, twin, other, rtol=1e-3, atol=1e-5)
