@@ -21,11 +21,21 @@ def unwrapped_step(optimizer: Optimizer, mixin: type[Optimizer]) -> Callable[...
     """
     classes = type(optimizer).__mro__
     function = classes[classes.index(mixin) + 1].step  # type: ignore[attr-defined]
-    while True:
-        inner = getattr(function, "_torchdynamo_orig_callable", function)  # torch.compile wraps some steps once more
-        if getattr(inner, "__code__", None) not in _WRAPPERS:
-            return function.__get__(optimizer)  # type: ignore[no-any-return]
-        function = inner.__wrapped__
+    inner = function
+    while (hooks := getattr(inner, "__code__", None) in _WRAPPERS) or _hides_from_compiler(inner):
+        inner = inner.__wrapped__
+        if hooks:
+            function = inner
+    return function.__get__(optimizer)  # type: ignore[no-any-return]
+
+
+def _hides_from_compiler(function: Any) -> bool:
+    """Tell whether this is a `torch.compiler.disable`, by which torch.compile wraps the step of some optimizers.
+
+    Its attributes alone do not tell: `functools.wraps` copies them to what is wrapped around it.
+    """
+    hidden = getattr(function, "_torchdynamo_orig_callable", None)
+    return hidden is not None and hidden is getattr(function, "__wrapped__", None)
 
 
 _WRAPPERS = [
