@@ -1,5 +1,10 @@
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which torch.compile does, too
 
 torch.set_num_threads(1)  # the suite runs in two processes on two cores
 

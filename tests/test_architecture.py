@@ -12,7 +12,7 @@ PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
     "__init__": {"mechanic", "optim"},
     "_base": set(),
-    "_buckets": {"_state", "distributed"},
+    "_buckets": {"_state", "distributed", "kernels"},
     "_classes": {"_config"},
     "_config": set(),
     "_fused": {"_buckets", "distributed", "kernels"},
@@ -20,7 +20,7 @@ ALLOWED = {
     "_warnings": {"_base", "_buckets"},
     "distributed": set(),
     "kernels": set(),
-    "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_state", "_warnings", "distributed", "kernels"},
+    "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_state", "_warnings", "distributed"},
     "optim": {"_classes", "mechanic"},
 }
 

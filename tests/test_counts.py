@@ -96,14 +96,14 @@ def large(dtype, n=3 * 2**20):
     ids=["AdamW_fused", "AdamW_fused_bfloat16", "SGD_fused", "SGD", "SGD_bfloat16"],
 )
 def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dtype):
-    """Beside what the base takes by itself, and a few blocks of 2**18 numbers."""
+    """Beside what the base takes by itself, and a few blocks."""
     plain, mechanized = base(large(dtype), lr=1e-3, **options), mechanize(base)(large(dtype), lr=1.0, **options)
     for _ in range(2):
         plain.step()
         mechanized.step()
     weights = sum(p.numel() for p in mechanized.param_groups[0]["params"])
     copies = 0 if options.get("fused") else dtype.itemsize * weights
-    blocks = 4 * 2**18 * (2 if dtype == torch.float32 else 10)
+    blocks = 4 * kernels.blocks.BLOCK * (2 if dtype == torch.float32 else 10)
     assert transient_bytes(mechanized.step) <= transient_bytes(plain.step) + copies + blocks
 
 

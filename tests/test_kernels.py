@@ -209,6 +209,7 @@ def test_the_environment_can_force_a_kernel(monkeypatch):
         assert kernels.select(torch.device("cpu")) is kernel
     monkeypatch.delenv("MECHANIC_KERNEL")
     assert kernels.select(torch.device("cpu")) is kernels.KERNELS["blocks"]
+    monkeypatch.setattr(kernels, "missing_for_triton", lambda device: "something")
     assert kernels.select(torch.device("cuda")) is kernels.KERNELS["foreach"]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels.select(torch.device("cpu")) is kernels.KERNELS["foreach"]
@@ -227,4 +228,7 @@ def test_an_unknown_kernel_is_refused():
         check=False,
     )
     assert done.returncode == 1
-    assert "MECHANIC_KERNEL must be one of ['blocks', 'for_loop', 'foreach']. Got 'fastest'. Remedy:" in done.stderr
+    assert (
+        "MECHANIC_KERNEL must be one of ['blocks', 'for_loop', 'foreach', 'triton']. Got 'fastest'. Remedy:"
+        in done.stderr
+    )

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mechanic_pytorch import kernels
 from mechanic_pytorch._state import COMPENSATION, DELTA, accumulator_dtype
 from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
+from mechanic_pytorch.kernels import Kernel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,6 +30,7 @@ class Bucket:
     copy).
     """
 
+    kernel: Kernel  # that of their device
     spread: Spread  # the process groups that hold the other parts
     sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
     group: dict[str, Any]  # the parameter group of all of them, where that asks for `fused`; else, of the first
@@ -76,7 +79,7 @@ def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[l
     whole_or_named: Spread = () if process_group is None else (process_group,)
     # A process that holds none of the parameters takes part in the sums, too.
     spreads: dict[Spread, None] = {} if process_group is None else {whole_or_named: None}
-    seen: set[Tensor] = set()
+    seen: set[int] = set()
     for i, group in enumerate(optimizer.param_groups):
         sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
         rule = i if group.get("fused") else -1  # `_fused` may make the base's step, with the options of one group
@@ -84,13 +87,13 @@ def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[l
             over = spread(p) if is_dtensor(p) else whole_or_named
             spreads[over] = None
             grad = p.grad
-            if grad is None or p in seen:
+            if grad is None or id(p) in seen:
                 continue
-            seen.add(p)
+            seen.add(id(p))
             key = (p.device, p.dtype, over, sign, rule)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket(over, sign, group)
+                bucket = buckets[key] = Bucket(kernels.select(p.device), over, sign, group)
             bucket.add(p, grad, optimizer.state.get(p, {}))
     return list(buckets.values()), list(spreads)
 

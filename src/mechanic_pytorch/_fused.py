@@ -15,27 +15,26 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch.distributed import local
-from mechanic_pytorch.kernels import Kernel
 from mechanic_pytorch.kernels.rule import Rule
 
 
-def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket], kernel: Kernel) -> list[Rule] | None:
-    """Return the rule by which the kernel can make the base's step for each bucket, or None if the base has to.
+def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket]) -> list[Rule] | None:
+    """Return the rule by which each bucket's kernel can make the base's step, or None if the base has to.
 
     The base has to where it is not exactly one of torch's own, was not asked for `fused=True`, is about to create state
     or to report an error, or where the kernel cannot.
     """
     base = type(optimizer)._mechanic_made_from[1]  # type: ignore[attr-defined]
     make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(base)
-    can_step = getattr(kernel, "can_step", None)
-    if make is None or can_step is None or not all(group.get("fused") for group in optimizer.param_groups):
+    if make is None or not all(group.get("fused") for group in optimizer.param_groups):
         return None
     rules = []
     for bucket in buckets:
         if bucket.is_new or any(p.is_complex() for p in bucket.owners):
             return None
         rule = make(bucket.group, [optimizer.state[p] for p in bucket.owners])
-        if rule is None or not can_step(bucket.params, bucket.grads, bucket.deltas, *rule.states):
+        can_step = getattr(bucket.kernel, "can_step", None)
+        if rule is None or not (can_step and can_step(bucket.params, bucket.grads, bucket.deltas, *rule.states)):
             return None
         if any(g.dtype != bucket.params[0].dtype for g in bucket.grads):
             return None
@@ -47,7 +46,6 @@ def step_and_move(
     optimizer: Optimizer,
     buckets: Sequence[Bucket],
     rules: Sequence[Rule],
-    kernel: Kernel,
     scales: tuple[Tensor, Tensor],
     skip: Tensor,
 ) -> None:
@@ -57,7 +55,6 @@ def step_and_move(
         optimizer: whose `grad_scale` the gradients still hold, if a `GradScaler` has left one there.
         buckets: the buckets.
         rules: what `rules_of` returned for them.
-        kernel: the kernel that it was asked for.
         scales: that of the last step and that of this one, shape () each.
         skip: whether to change nothing, shape ().
     """
@@ -67,8 +64,8 @@ def step_and_move(
         found_inf = skip.to(device, torch.float32)
         scaler = {"grad_scale": None if grad_scale is None else grad_scale.to(device), "found_inf": found_inf}
         if rule.steps:
-            torch._foreach_add_(rule.steps, 1)
-        kernel.step_and_move(  # type: ignore[attr-defined]
+            torch._foreach_add_(rule.steps, [1 - found_inf] * len(rule.steps))
+        bucket.kernel.step_and_move(  # type: ignore[attr-defined]
             rule._replace(options={**rule.options, **scaler}),
             bucket.params,
             bucket.grads,
@@ -76,8 +73,6 @@ def step_and_move(
             bucket.compensations or None,
             *(scale.to(bucket.deltas[0]) for scale in scales),
         )
-        if rule.steps:
-            torch._foreach_sub_(rule.steps, [found_inf] * len(rule.steps))
 
 
 def _sgd(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:

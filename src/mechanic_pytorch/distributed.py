@@ -18,13 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PLAIN = {Tensor, torch.nn.Parameter}  # asking them for an attribute that they lack takes long
+
 # The process groups over which a tensor is spread, outermost first; () for a whole tensor.
 Spread: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell a `DTensor`, without importing its module where nobody uses it."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:

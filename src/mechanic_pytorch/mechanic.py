@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _base, _buckets, _fused, _state, _warnings, kernels
+from mechanic_pytorch import _base, _buckets, _fused, _state, _warnings
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._state import TunerState
@@ -174,7 +174,6 @@ class Mechanic(Optimizer):
 
         # Measure.
         old = _state.read_tuner(self, len(config.betas))
-        kernel = kernels.select(old.scales.device)
         if not self._options_compared:
             params = (p for group in self.param_groups for p in group["params"])
             check_parts(type(self).__name__, params, config.process_group)
@@ -182,11 +181,11 @@ class Mechanic(Optimizer):
             self._options_compared = True
         asks, base_skips = _base.can_ask_host(), _base.skips_by_itself(self)
         known = base_skips and (self._base_has_moved or not asks)
-        rules = _fused.rules_of(self, buckets, kernel) if known else None
+        rules = _fused.rules_of(self, buckets) if known else None
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
-            part = kernel.measure(bucket.params, bucket.grads, bucket.deltas, copies).to(old.scales)
+            part = bucket.kernel.measure(bucket.params, bucket.grads, bucket.deltas, copies).to(old.scales)
             parts[bucket.spread] += torch.cat([bucket.sign * part[:1], part[1:]])
         parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
         dots = sum_over_processes(parts, spreads)
@@ -206,7 +205,7 @@ class Mechanic(Optimizer):
         # Base step and move.
         scales = old.scales.sum(), new.scales.sum()
         if rules is not None:
-            _fused.step_and_move(self, buckets, rules, kernel, scales, skip)
+            _fused.step_and_move(self, buckets, rules, scales, skip)
         else:
             base_step = _base.unwrapped_step(self, Mechanic)
             evaluates_again = closure is not None and _base.requires_closure(base_step)
@@ -218,7 +217,7 @@ class Mechanic(Optimizer):
                     _warnings.check_that_base_moved(self, buckets, before)
                 for bucket, starts in zip(buckets, before, strict=True):
                     converted = (scale.to(bucket.deltas[0]) for scale in scales)
-                    kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
+                    bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)

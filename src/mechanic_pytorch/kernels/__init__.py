@@ -28,6 +28,8 @@ tells whether it can for these tensors. The result is that of the base's step fo
 `for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
 """
 
+import functools
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
 
-__all__ = ["KERNELS", "Kernel", "select"]
+__all__ = ["KERNELS", "Kernel", "missing_for_triton", "select"]
 
 
 class Kernel(Protocol):
@@ -66,6 +68,7 @@ class Kernel(Protocol):
         ...
 
 
+# And "triton", which is imported when it is first used.
 KERNELS: dict[str, Kernel] = {"blocks": blocks, "foreach": foreach, "for_loop": for_loop}
 
 
@@ -73,13 +76,38 @@ def select(device: torch.device) -> Kernel:
     """Return the fastest kernel for a device, or the one that the environment variable `MECHANIC_KERNEL` names.
 
     Raises:
-        ValueError: `MECHANIC_KERNEL` names no kernel.
+        ValueError: `MECHANIC_KERNEL` names no kernel, or one that cannot run there.
     """
-    fastest = "blocks" if device.type == "cpu" and not torch.compiler.is_compiling() else "foreach"
-    name = os.environ.get("MECHANIC_KERNEL", fastest)
-    if name not in KERNELS:
+    name, names = os.environ.get("MECHANIC_KERNEL"), sorted({*KERNELS, "triton"})
+    if name is None:
+        if torch.compiler.is_compiling():
+            name = "foreach"
+        elif device.type == "cpu":
+            name = "blocks"
+        else:
+            name = "foreach" if missing_for_triton(device) else "triton"
+    elif name not in names:
         raise ValueError(
-            f"mechanic_pytorch: MECHANIC_KERNEL must be one of {sorted(KERNELS)}. Got {name!r}. "
+            f"mechanic_pytorch: MECHANIC_KERNEL must be one of {names}. Got {name!r}. "
             "Remedy: unset it to let the package choose."
         )
+    elif name == "triton" and (missing := missing_for_triton(device)):
+        raise ValueError(
+            f"mechanic_pytorch: MECHANIC_KERNEL='triton' needs {missing}. Got parameters on {device}. "
+            "Remedy: unset it to let the package choose."
+        )
+    if name not in KERNELS:
+        KERNELS[name] = importlib.import_module(f"{__name__}.{name}")
     return KERNELS[name]
+
+
+@functools.cache
+def missing_for_triton(device: torch.device) -> str:
+    """Return what is missing to run Triton on a device; nothing, if it runs."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if device.type == "cpu":
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "a GPU, or TRITON_INTERPRET=1"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
+        return "an NVIDIA GPU of compute capability 8.0 or more, or an AMD GPU"
+    return ""

@@ -16,7 +16,7 @@ from mechanic_pytorch.kernels.rule import Rule
 
 Part: TypeAlias = tuple[Tensor, ...]  # what a block has of one list: a slice of a tensor, or some small tensors
 
-BLOCK = 2**18  # numbers: some arrays of that size fit a cache, and it hides what a call costs
+BLOCK = 2**19  # numbers: some arrays of that size fit a cache, and it hides what a call costs
 SMALL = 2**14  # tensors of less are cheaper to copy side by side than to treat one by one
 
 

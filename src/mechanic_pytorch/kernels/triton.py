@@ -1,0 +1,411 @@
+"""The same functions in Triton, for GPUs: one launch for all tensors, in which every number is read once.
+
+A launch runs many *programs* side by side. Each takes one chunk of one tensor and goes through it block by block; what
+is written below as if for one number happens to all numbers of a block. A program finds its work in a table of 64-bit
+integers on the device, a column for each tensor:
+
+    index    where the tensor stands in the lists
+    size     how many numbers it has
+    first    the first of the programs that share it
+    count    how many they are
+    address  of its memory; one row for each list: parameters, gradients, ...
+
+Written with a capital is what is known when a kernel is compiled: dtypes, which rule, sizes of blocks. Without a GPU,
+the environment variable `TRITON_INTERPRET=1` runs the same code on CPU tensors: slowly, for tests.
+"""
+
+# Triton has no types, and its functions cannot have any: they are not Python when they run.
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, untyped-decorator"
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mechanic_pytorch.kernels.blocks import _aligned
+from mechanic_pytorch.kernels.rule import Rule
+
+BLOCK = 2**10  # numbers that a program treats at once; a power of two
+CHUNK = 2**14  # numbers of one program, a multiple of BLOCK
+ADDRESSES = tl.constexpr(4)  # the row of the table where they begin
+DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+RULES = {torch._fused_sgd_: "sgd", torch._fused_adam_: "adam", torch._fused_adamw_: "adamw"}
+
+
+class Work(NamedTuple):
+    """What the programs of a launch have to do."""
+
+    table: Tensor
+    owners: Tensor  # the column of each program
+    aligned: bool  # all addresses are multiples of 16 bytes, which allows wider loads
+
+
+def measure(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    copies: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
+    lists = [params, [g.resolve_neg() for g in grads], deltas, *([] if copies is None else [copies])]
+    sums = [deltas[0].new_zeros(1, 4)]
+    for (x, g, delta, *_), work in _works(lists, changed=[] if copies is None else [3]):
+        sums.append(deltas[0].new_empty(len(work.owners), 4))
+        _launch(_measure, work, sums[-1], X=x, G=g, D=delta, COPY=copies is not None)
+    return torch.cat(sums).sum(0, dtype=torch.float64).to(deltas[0].dtype)
+
+
+def move(
+    params: Sequence[Tensor],
+    before: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    compensations: Sequence[Tensor] | None,
+    old_scale: Tensor,
+    new_scale: Tensor,
+) -> None:
+    """Rescale the base optimizer's step from `before` to `params`, in place."""
+    _move(None, params, before, deltas, compensations, old_scale, new_scale)
+
+
+def step_and_move(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    compensations: Sequence[Tensor] | None,
+    old_scale: Tensor,
+    new_scale: Tensor,
+) -> None:
+    """Make the base's step and rescale it, in place."""
+    _move(rule, params, grads, deltas, compensations, old_scale, new_scale)
+
+
+def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+    """Tell whether `step_and_move` takes these parameters, gradients, deltas and states.
+
+    All tensors of a parameter must lie in memory in the same order, and have its dtype, except delta.
+    """
+    grads, deltas, *states = others
+    return all(x.dtype in DTYPES and delta.dtype in DTYPES for x, delta in zip(params, deltas, strict=True)) and all(
+        _aligned(tensors) is not None and all(t.dtype == tensors[0].dtype and not t.is_neg() for t in tensors[:-1])
+        for tensors in zip(params, grads, *states, deltas, strict=True)
+    )
+
+
+def _move(
+    rule: Rule | None,
+    params: Sequence[Tensor],
+    others: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    compensations: Sequence[Tensor] | None,
+    old_scale: Tensor,
+    new_scale: Tensor,
+) -> None:
+    """Move to what the base makes of `params` with the gradients `others`; without a rule, it has, from `others`."""
+    states = [] if rule is None else rule.states
+    lists = [params, others, deltas, *states, *([] if compensations is None else [compensations])]
+    options: dict[str, Any] = {} if rule is None else rule.options
+    scaler = [options.get("grad_scale"), options.get("found_inf")]
+    numbers, rates = (None, None) if rule is None else _numbers(rule, params[0].device, len(params))
+    unchanged = {1} if scaler[0] is None else set()
+    for dtypes, work in _works(lists, changed=sorted({*range(len(lists))} - unchanged)):
+        x, other, delta = dtypes[:3]
+        flags = {
+            "RULE": None if rule is None else RULES[rule.function],
+            "STATES": len(states),
+            "NESTEROV": options.get("nesterov", False),
+            "MAXIMIZE": options.get("maximize", False),
+            "COMPENSATION": None if compensations is None else dtypes[-1],
+        }
+        _launch(_step, work, old_scale, new_scale, numbers, rates, *scaler, X=x, OTHER=other, D=delta, **flags)
+    for weight in params:  # autograd has not seen the kernel write, and could not refuse a graph of the old weights
+        torch.autograd.graph.increment_version(weight)
+
+
+def _numbers(rule: Rule, device: torch.device, n: int) -> tuple[Tensor, Tensor]:
+    """Return the rule's constants, shape (6,), and what differs by parameter, shape (n, 3), in float64.
+
+    Nothing is read from the device: neither the counts of steps nor a learning rate that is a tensor.
+    """
+    options = rule.options
+    lr, decay = options["lr"], options["weight_decay"]
+    if isinstance(lr, Tensor):  # torch takes a number on the CPU to any device, as an argument
+        lr = lr.reshape(()).to(device if not lr.is_cpu else lr.device, torch.float64)
+    if not rule.steps:
+        constants = (options["momentum"], 1 - options["dampening"], 0.0, 0.0, decay, 0.0)
+        step_size = correction = torch.ones(n, dtype=torch.float64, device=device) * lr
+    else:
+        beta1, beta2 = options["beta1"], options["beta2"]
+        constants = (beta1, 1 - beta1, beta2, 1 - beta2, decay, options["eps"])
+        steps = torch.stack(rule.steps).to(device, torch.float64)
+        step_size, correction = lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
+    rates = torch.stack([step_size, correction, torch.full_like(correction, decay) * lr], dim=1)
+    return _cached(_constants, tuple(map(float, constants)), device), rates
+
+
+def _works(lists: Sequence[Sequence[Tensor]], changed: Sequence[int]) -> Iterator[tuple[tuple[torch.dtype, ...], Work]]:
+    """Yield the work for each combination of dtypes. At the end, copy back what the kernel could not change in place.
+
+    Args:
+        lists: parallel lists of tensors.
+        changed: which of the lists the kernel writes to.
+    """
+    columns: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}
+    copied = []
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        if tensors[0].numel() == 0:
+            continue
+        lines = _aligned(tensors)
+        if lines is None:
+            lines = [t.contiguous() for t in tensors]
+            copied.append((tensors, lines))
+        column = (i, tensors[0].numel(), *[t.data_ptr() for t in lines])
+        columns.setdefault(tuple([t.dtype for t in tensors]), []).append(column)
+    device = lists[0][0].device
+    for dtypes, group in columns.items():
+        yield dtypes, _cached(_work, tuple(group), device)
+    for tensors, lines in copied:
+        for k in changed:
+            if lines[k] is not tensors[k]:
+                tensors[k].copy_(lines[k])
+
+
+def _cached(make: Any, content: tuple[Any, ...], device: torch.device) -> Any:
+    """Make something on the device, or take what was made of the same content before."""
+    if _is_capturing(device):  # what is made then is there only when the graph runs
+        return make.__wrapped__(content, device)
+    # Things stay on one stream, which puts their making, use and end in order.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return make(content, device, stream, CHUNK)
+
+
+@functools.lru_cache(maxsize=64)
+def _work(columns: tuple[tuple[int, ...], ...], device: torch.device, *_: object) -> Work:
+    indices, sizes, *addresses = zip(*columns, strict=True)
+    counts = [triton.cdiv(size, CHUNK) for size in sizes]
+    *first, programs = accumulate(counts, initial=0)
+    rows = [*indices, *sizes, *first, *counts, *chain(*addresses)]
+    table = _on_device(rows, torch.int64, device).view(-1, len(columns))
+    owners = torch.repeat_interleave(table[3], output_size=programs)
+    return Work(table, owners, all(address % 16 == 0 for address in chain(*addresses)))
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(numbers: tuple[float, ...], device: torch.device, *_: object) -> Tensor:
+    return _on_device(numbers, torch.float64, device)
+
+
+def _on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on the device, without waiting for it."""
+    if _is_capturing(device):
+        # A graph would copy from the host again whenever it runs, and torch may not even pin memory for that now.
+        # Arguments of a kernel are part of the graph.
+        tensor = torch.zeros(len(numbers), dtype=dtype, device=device)
+        torch._foreach_add_(tensor.unbind(), list(numbers))
+        return tensor
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _launch(kernel: Any, work: Work, *args: Tensor | None, **constants: Any) -> None:
+    constants = {key: DTYPES.get(value, value) for key, value in constants.items()}
+    with torch.cuda.device_of(work.table):  # type: ignore[no-untyped-call]
+        kernel[(len(work.owners),)](
+            work.table,
+            work.owners,
+            work.table.shape[1],
+            *args,
+            **constants,
+            ALIGNED=work.aligned,
+            BLOCK=BLOCK,
+            CHUNK=CHUNK,
+            enable_fp_fusion=False,  # a * b + c * d, fused, is not 0 where it should: what does not move would
+        )
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _measure(
+    table,
+    owners,
+    columns,
+    sums,
+    X: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    COPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    column, begin, full, end = _part(table, owners, columns, BLOCK, CHUNK)
+    params = _address(table, 0, columns, column, X, ALIGNED)
+    grads = _address(table, 1, columns, column, G, ALIGNED)
+    deltas = _address(table, 2, columns, column, D, ALIGNED)
+    copies = _address(table, 3 if COPY else 0, columns, column, X, ALIGNED)
+    delta_g = tl.zeros((BLOCK,), D)
+    delta_x = tl.zeros((BLOCK,), D)
+    g_squared = tl.zeros((BLOCK,), D)
+    x_squared = tl.zeros((BLOCK,), D)
+    for tail in tl.static_range(2):  # first whole blocks, without a mask, which makes loads wider; then the rest
+        for start in range(full if tail else begin, end if tail else full, BLOCK):
+            at = start + tl.arange(0, BLOCK).to(tl.int64)
+            x = _load(params, at, end, tail)
+            if COPY:
+                _store(copies, x, at, end, tail)
+            x = x.to(D)
+            g = _load(grads, at, end, tail).to(D)
+            delta = _load(deltas, at, end, tail)
+            delta_g += delta * g
+            delta_x += delta * x
+            g_squared += g * g
+            x_squared += x * x
+    row = sums + 4 * tl.program_id(0).to(tl.int64)
+    tl.store(row, tl.sum(delta_g))
+    tl.store(row + 1, tl.sum(delta_x))
+    tl.store(row + 2, tl.sum(g_squared))
+    tl.store(row + 3, tl.sum(x_squared))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _step(
+    table,
+    owners,
+    columns,
+    old_scale,
+    new_scale,
+    constants,
+    rates,
+    grad_scale,
+    found_inf,
+    X: tl.constexpr,
+    OTHER: tl.constexpr,
+    D: tl.constexpr,
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    COMPENSATION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    column, begin, full, end = _part(table, owners, columns, BLOCK, CHUNK)
+    params = _address(table, 0, columns, column, X, ALIGNED)
+    others = _address(table, 1, columns, column, OTHER, ALIGNED)
+    deltas = _address(table, 2, columns, column, D, ALIGNED)
+    first = _address(table, 3 if STATES > 0 else 0, columns, column, X, ALIGNED)
+    second = _address(table, 4 if STATES > 1 else 0, columns, column, X, ALIGNED)
+    third = _address(table, 5 if STATES > 2 else 0, columns, column, X, ALIGNED)
+    if COMPENSATION is not None:
+        compensations = _address(table, 3 + STATES, columns, column, COMPENSATION, ALIGNED)
+    old, new = tl.load(old_scale).to(D), tl.load(new_scale).to(D)
+    if RULE is not None:
+        keep1, take1 = tl.load(constants).to(D), tl.load(constants + 1).to(D)
+        keep2, take2 = tl.load(constants + 2).to(D), tl.load(constants + 3).to(D)
+        decay, eps = tl.load(constants + 4).to(D), tl.load(constants + 5).to(D)
+        rates += 3 * tl.load(table + column)
+        step_size, correction = tl.load(rates).to(D), tl.load(rates + 1).to(D)
+        shrink = tl.load(rates + 2).to(D)
+    if found_inf is not None:  # nothing to do for this program
+        skip = tl.load(found_inf) != 0
+        full = tl.where(skip, begin, full)
+        end = tl.where(skip, begin, end)
+    for tail in tl.static_range(2):  # see _measure
+        for start in range(full if tail else begin, end if tail else full, BLOCK):
+            at = start + tl.arange(0, BLOCK).to(tl.int64)
+            x = _load(params, at, end, tail).to(D)
+            other = _load(others, at, end, tail).to(D)
+            if RULE is None:
+                before, after = other, x
+            else:
+                before, g = x, other
+                if grad_scale is not None:
+                    g = _divide(g, tl.load(grad_scale).to(D))
+                    _store(others, g, at, end, tail)
+                if MAXIMIZE:
+                    g = -g
+                if RULE != "adamw":
+                    g += decay * x
+                if STATES > 0:
+                    m = keep1 * _load(first, at, end, tail).to(D) + take1 * g
+                    _store(first, m, at, end, tail)
+                if RULE == "sgd":
+                    if NESTEROV:
+                        g += keep1 * m
+                    elif STATES > 0:
+                        g = m
+                    after = x - step_size * g
+                else:
+                    v = keep2 * _load(second, at, end, tail).to(D) + take2 * g * g
+                    _store(second, v, at, end, tail)
+                    if STATES > 2:
+                        v = tl.maximum(v, _load(third, at, end, tail).to(D), tl.PropagateNan.ALL)
+                        _store(third, v, at, end, tail)
+                    if RULE == "adamw":
+                        x -= shrink * x
+                    after = x - _divide(step_size * m, _divide(_sqrt(v), correction) + eps)
+                after = after.to(X).to(D)  # the base would have stored it
+            delta = _load(deltas, at, end, tail)
+            update = after - before
+            step = (new - old) * delta + new * update
+            _store(deltas, delta + update, at, end, tail)
+            if COMPENSATION is None:
+                _store(params, before + step, at, end, tail)
+            else:  # see for_loop
+                lost = _load(compensations, at, end, tail).to(D)
+                lost = tl.where((before + 0.75 * lost).to(X).to(D) != before, 0.0, lost)
+                target = before + lost + step
+                rounded = target.to(X).to(D)
+                still = step == 0
+                _store(params, tl.where(still, before, rounded), at, end, tail)
+                _store(compensations, tl.where(still, lost, target - rounded), at, end, tail)
+
+
+@triton.jit
+def _part(table, owners, columns, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the column of this program, and where its part of the tensor begins, has no more whole block, and ends."""
+    program = tl.program_id(0)
+    column = tl.load(owners + program)
+    size = tl.load(table + columns + column)
+    begin = (program - tl.load(table + 2 * columns + column)) * CHUNK
+    end = tl.minimum(begin + CHUNK, size)
+    return column, begin, begin + (end - begin) // BLOCK * BLOCK, end
+
+
+@triton.jit
+def _address(table, row, columns, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table + (ADDRESSES + row) * columns + column).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def _load(address, at, end, TAIL: tl.constexpr):
+    return tl.load(address + at, at < end, other=0.0) if TAIL else tl.load(address + at)
+
+
+@triton.jit
+def _store(address, value, at, end, TAIL: tl.constexpr):
+    if TAIL:
+        tl.store(address + at, value, at < end)
+    else:
+        tl.store(address + at, value)
+
+
+@triton.jit
+def _divide(a, b):  # as torch does; in float32, Triton's own division is less precise, and so is its square root
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _sqrt(a):
+    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)

@@ -1,0 +1,97 @@
+"""What only a GPU can show: that a step never makes the host wait, and that a CUDA graph can hold it."""
+
+import pytest
+import torch
+
+from mechanic_pytorch import kernels, mechanize
+from problems import mlp
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BASES = {
+    "SGD_fused": (torch.optim.SGD, {"fused": True, "momentum": 0.9}),
+    "AdamW_fused": (torch.optim.AdamW, {"fused": True, "capturable": True}),
+    "AdamW_capturable": (torch.optim.AdamW, {"foreach": True, "capturable": True}),
+}
+
+
+def build(name, **mechanic_options):
+    torch.manual_seed(0)
+    base, options = BASES[name]
+    model = mlp(torch.float32).cuda()
+    optimizer = mechanize(base, s_init=1e-3, **mechanic_options)(model.parameters(), lr=1.0, **options)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return model, optimizer
+
+
+def gradients(model, steps):
+    """Return gradients that point away from 0, with noise, and do not depend on where the weights have gone."""
+    torch.manual_seed(1)
+    return [[p.detach() + torch.randn_like(p) for p in model.parameters()] for _ in range(steps)]
+
+
+def set_gradients(model, values):
+    for p, value in zip(model.parameters(), values, strict=True):
+        p.grad.copy_(value)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_step_never_waits_for_the_gpu(name):
+    model, optimizer = build(name, skip_nonfinite=name.endswith("fused"))
+    for values in gradients(model, 3):
+        set_gradients(model, values)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kernel", ["triton", "foreach"])
+@pytest.mark.parametrize("name", BASES)
+def test_a_cuda_graph_replays_the_whole_step(name, kernel, monkeypatch):
+    if kernel == "triton" and (missing := kernels.missing_for_triton(torch.device("cuda"))):
+        pytest.skip(f"needs {missing}")
+    monkeypatch.setenv("MECHANIC_KERNEL", kernel)
+    (model, optimizer), (twin, other) = build(name), build(name)
+    values = gradients(model, 12)
+    values[8][0].view(-1)[0] = float("nan")  # a step to be skipped
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for t in range(4):
+            set_gradients(model, values[t])
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for t in range(4, 12):
+        set_gradients(model, values[t])
+        graph.replay()
+    for t in range(12):
+        set_gradients(twin, values[t])
+        other.step()
+    assert optimizer.skipped_steps == other.skipped_steps == 1
+    assert optimizer.scale > 1e-3
+    torch.testing.assert_close(optimizer.scale, other.scale)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        for key, value in optimizer.state[p].items():
+            torch.testing.assert_close(value, other.state[q][key])
+
+
+def test_parameters_on_two_devices():
+    """Each has the kernel of its device; the tuner is one."""
+    params = [torch.ones(5, device=device).requires_grad_() for device in ("cuda", "cpu")]
+    twins = [torch.ones(5).requires_grad_() for _ in params]
+    optimizers = [mechanize(torch.optim.SGD, s_init=1e-3)(list_, lr=1.0) for list_ in (params, twins)]
+    for _ in range(5):
+        for optimizer in optimizers:
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = 2 * p.detach()
+            optimizer.step()
+    assert optimizers[0].scale > 1e-3
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.cpu(), q)
