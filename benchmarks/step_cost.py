@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from counting import Operations, state_bytes, transient_bytes
 from mechanic_pytorch import mechanize
-from mechanic_pytorch.kernels import KERNELS
+from mechanic_pytorch.kernels import KERNELS, missing_for_triton
 from start import load_old
 
 WIDTH, LAYERS = 512, 12
@@ -74,7 +74,12 @@ class Method:
     kernel: str | None = None
 
 
-def methods(peers: Path) -> list[Method]:
+def kernels(device: str) -> list[str]:
+    """Return the names of the kernels that run on a device."""
+    return [*KERNELS] if missing_for_triton(torch.device(device)) else sorted({*KERNELS, "triton"})
+
+
+def methods(peers: Path, device: str) -> list[Method]:
     """Return the rows of the table."""
 
     def plain(base: Any, **options: Any) -> Build:
@@ -92,7 +97,7 @@ def methods(peers: Path) -> list[Method]:
     old = load_old(peers)
     return [
         Method("fused AdamW, mechanized", ours(adamw, fused=True), fused),
-        *[Method(f"… kernel {name}", ours(adamw, fused=True), fused, name) for name in KERNELS],
+        *[Method(f"… kernel {name}", ours(adamw, fused=True), fused, name) for name in kernels(device)],
         Method("foreach AdamW, mechanized", ours(adamw, foreach=True), foreach),
         Method("fused SGD with momentum, mechanized", ours(sgd, fused=True, momentum=0.9), momentum),
         Method("fused AdamW, mechanized by 0.0.1", lambda params: old(adamw)(params, lr=1.0, fused=True), fused),
@@ -134,7 +139,7 @@ def check_kernels(device: str) -> None:
     shapes = [(300, 1000), (64, 64, 3, 3), (64,), (7,)]
     for dtype in DTYPES.values():
         weights = {}
-        for kernel in KERNELS:
+        for kernel in kernels(device):
             params = parameters(shapes, dtype, device)
             optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(params, lr=1.0, fused=True)
             with forced(kernel):
@@ -177,6 +182,19 @@ def cost(method: Method, shapes: list[tuple[int, ...]], dtype: torch.dtype, devi
             "kept bytes per weight": state_bytes(optimizer) / weights,
             "transient bytes per weight": transient_bytes(optimizer.step, device) / weights,
         }
+
+
+def bandwidth(device: str, rounds: int) -> dict[str, float]:
+    """Return how fast memory moves, in GB/s: in a copy, and in a step of fused AdamW, which moves 7 words a weight."""
+    (p,) = parameters([(10_000, 10_000)], torch.float32, device)
+    x, y = torch.empty_like(p), torch.empty_like(p)
+    base = torch.optim.AdamW([p], lr=1e-3, fused=True)
+    base.step()
+    calls = {"a copy": (2, lambda: x.copy_(y)), "fused AdamW": (7, base.step)}
+    return {
+        name: words * p.nbytes / statistics.median(seconds(call, device) for _ in range(rounds)) / 1e9
+        for name, (words, call) in calls.items()
+    }
 
 
 class GPT(nn.Module):
@@ -292,7 +310,7 @@ def main() -> None:
         for shape in SHAPES
         if shape.startswith(tuple(arguments.shapes))
         for dtype in arguments.dtypes
-        for method in methods(arguments.peers)
+        for method in methods(arguments.peers, arguments.device)
     ]
     tables: dict[str, list[dict[str, Any]]] = {}
     for title, method, shapes, dtype in track(jobs, transient=True):
@@ -312,9 +330,11 @@ def main() -> None:
         print(f"\n### {title}\n\n{markdown(rows)}")
     print("\nWhole training step, mechanized / plain fused AdamW:", end=" ")
     print(", ".join(f"{name} {ratio:.2f}" for name, ratio in training.items()))
+    speeds = bandwidth(arguments.device, arguments.rounds)
+    print("\nMemory moves at", ", ".join(f"{speed:.0f} GB/s in {name}" for name, speed in speeds.items()))
     print(f"\n{machine(arguments.device)}; median of {arguments.rounds} rounds")
     if arguments.json:
-        figures = {"machine": machine(arguments.device), "tables": tables, "training": training}
+        figures = {"machine": machine(arguments.device), "tables": tables, "training": training, "GB/s": speeds}
         arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     if arguments.plot:
         plot(tables, arguments.plot)
