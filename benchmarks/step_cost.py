@@ -262,7 +262,8 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         names = [row["method"].partition(" (fails")[0] for row in rows][::-1]
         times = [row.get("time", 0.0) for row in rows][::-1]
         axis.barh(names, times, color=["C0" if "mechanized" in n and "0.0.1" not in n else "0.7" for n in names])
-        axis.bar_label(axis.containers[0], fmt="%.1f", padding=2, fontsize=7)
+        labels = [f"{row['time']:.1f}" if "time" in row else "fails" for row in rows][::-1]
+        axis.bar_label(axis.containers[0], labels, padding=2, fontsize=7)
         axis.axvline(1, color="0.3", linewidth=0.8)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)

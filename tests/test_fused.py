@@ -100,6 +100,8 @@ def test_any_cut_into_blocks_is_the_same(sizes, small, more):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels.blocks, "BLOCK", cut[0])
             patch.setattr(kernels.blocks, "SMALL", cut[1])
+            patch.setattr(kernels.blocks, "PACK", cut[0])
+            patch.setattr(kernels.blocks, "ALIGN", 1)
             train(params, optimizer, 4)
         results.append([*params, *(optimizer.state[p].get("mechanic_delta") for p in params), optimizer.scale])
     for a, b in zip(*results, strict=True):
@@ -121,28 +123,75 @@ class Subclass(torch.optim.AdamW):
     """Somebody's own: its step may do anything."""
 
 
+def trained(base, steps=2, **options):
+    params = parameters(torch.float32)
+    optimizer = mechanize(base)(params, lr=1.0, **options)
+    train(params, optimizer, steps)
+    return params, optimizer
+
+
 def not_fused():
-    return mechanize(torch.optim.AdamW)(parameters(torch.float32), lr=1.0)
+    return trained(torch.optim.AdamW)
 
 
 def own_class():
-    return mechanize(Subclass)(parameters(torch.float32), lr=1.0, fused=True)
+    return trained(Subclass, fused=True)
+
+
+def first_step():
+    return trained(torch.optim.AdamW, steps=0, fused=True)
 
 
 def another_layout():
-    params = parameters(torch.float32)
-    optimizer = mechanize(torch.optim.AdamW)(params, lr=1.0, fused=True)
-    train(params, optimizer, 2)
+    params, optimizer = trained(torch.optim.AdamW, fused=True)
     optimizer.state[params[2]]["exp_avg"] = optimizer.state[params[2]]["exp_avg"].t().contiguous().t()
-    return optimizer
+    return params, optimizer
 
 
-@pytest.mark.parametrize("build", [not_fused, own_class, another_layout])
+@pytest.mark.parametrize("build", [not_fused, own_class, first_step, another_layout])
 def test_the_base_steps_by_itself_where_its_rule_is_not_known(build, monkeypatch):
-    optimizer = build()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    base = type(optimizer)._mechanic_made_from[1]
+    params, optimizer = build()
+    steps = optimizer.state[params[0]]["step"].item() if optimizer.state else 0
+    monkeypatch.setattr(_fused, "step_and_move", lambda *_: pytest.fail("its rule was taken for known"))
+    train(params, optimizer, 1)
+    assert optimizer.state[params[0]]["step"] == steps + 1
+
+
+@pytest.mark.parametrize("wrap", [lambda step: step, torch.optim.Optimizer.profile_hook_step])
+def test_a_step_that_somebody_put_into_torchs_class_is_called(wrap, monkeypatch):
+    params, optimizer = build("Adam", torch.float32)
+    train(params, optimizer, 2)
     calls = []
-    monkeypatch.setattr(base, "step", lambda self, *_: calls.append(self))
+    monkeypatch.setattr(torch.optim.Adam, "step", wrap(lambda self, *_: calls.append(self)))
     train(params, optimizer, 2)
     assert calls == [optimizer] * 2
+
+
+def test_a_version_of_torch_whose_adamw_has_no_key_for_its_decay():
+    """Before 2.7, AdamW was a class of its own, and Adam had no such option."""
+    (params, optimizer), (others, other) = (build("AdamW", torch.float32, s_init=1e-3) for _ in range(2))
+    train(params, optimizer, 4)
+    train(others, other, 4)
+    for group in optimizer.param_groups:
+        del group["decoupled_weight_decay"]
+    train(params, optimizer, 4, first=5)
+    train(others, other, 4, first=5)
+    assert_identical([params, optimizer.state_dict()["state"]], [others, other.state_dict()["state"]])
+
+
+def test_what_torch_refuses_leaves_everything_as_it_was():
+    """A model cast in the middle of a run: torch's fused step wants state of the same dtype."""
+    params, optimizer = build("AdamW", torch.float32)
+    train(params, optimizer, 3)
+    for p in params:
+        grad, p.grad = p.grad, None
+        p.data = p.data.to(torch.bfloat16)
+        p.grad = None if grad is None else grad.to(torch.bfloat16)
+    before = copy.deepcopy([params, optimizer.state_dict()])
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    after = [params, optimizer.state_dict()]
+    for _, states in (before, after):
+        for state in states["state"].values():
+            del state["step"]  # torch's own step counts before it refuses
+    assert_identical(after, before)

@@ -20,13 +20,18 @@ def unwrapped_step(optimizer: Optimizer, mixin: type[Optimizer]) -> Callable[...
     step have fired for both. Its own bases are also wrapped in a switch of the grad mode, to what it is already.
     """
     classes = type(optimizer).__mro__
-    function = classes[classes.index(mixin) + 1].step  # type: ignore[attr-defined]
-    inner = function
+    step = classes[classes.index(mixin) + 1].step  # type: ignore[attr-defined]
+    return unwrapped(step).__get__(optimizer)  # type: ignore[no-any-return]
+
+
+def unwrapped(step: Any) -> Any:
+    """Return a class's `step` without what torch wraps around it."""
+    inner = step
     while (hooks := getattr(inner, "__code__", None) in _WRAPPERS) or _hides_from_compiler(inner):
         inner = inner.__wrapped__
         if hooks:
-            function = inner
-    return function.__get__(optimizer)  # type: ignore[no-any-return]
+            step = inner
+    return step
 
 
 def _hides_from_compiler(function: Any) -> bool:
@@ -64,10 +69,14 @@ def first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]
     return loss, replay
 
 
+def is_capturing() -> bool:
+    """Tell whether a CUDA graph records the step."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
 def can_ask_host() -> bool:
     """Tell whether the host can look at a value: not while `torch.compile` or a CUDA graph records the step."""
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-    return not (capturing or torch.compiler.is_compiling())
+    return not (is_capturing() or torch.compiler.is_compiling())
 
 
 def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:

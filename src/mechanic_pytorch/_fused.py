@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from mechanic_pytorch import _base
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch.distributed import local
 from mechanic_pytorch.kernels.rule import Rule
@@ -28,18 +29,25 @@ def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket]) -> list[Rule] | No
     make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(base)
     if make is None or not all(group.get("fused") for group in optimizer.param_groups):
         return None
+    if not _is_torchs_own(_base.unwrapped(base.step)):
+        return None
     rules = []
     for bucket in buckets:
         if bucket.is_new or any(p.is_complex() for p in bucket.owners):
             return None
-        rule = make(bucket.group, [optimizer.state[p] for p in bucket.owners])
+        rule = make(base, bucket.group, [optimizer.state[p] for p in bucket.owners])
         can_step = getattr(bucket.kernel, "can_step", None)
         if rule is None or not (can_step and can_step(bucket.params, bucket.grads, bucket.deltas, *rule.states)):
             return None
-        if any(g.dtype != bucket.params[0].dtype for g in bucket.grads):
+        if {t.dtype for tensors in (bucket.grads, *rule.states) for t in tensors} != {bucket.params[0].dtype}:
             return None
         rules.append(rule)
     return rules
+
+
+def _is_torchs_own(step: Any) -> bool:
+    """Tell whether somebody has put a `step` of theirs into torch's class."""
+    return str(getattr(step, "__globals__", {}).get("__name__")).startswith("torch.optim.")
 
 
 def step_and_move(
@@ -75,7 +83,7 @@ def step_and_move(
         )
 
 
-def _sgd(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
+def _sgd(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
     options = {**{name: group[name] for name in names}, "is_first_step": False}
     keys = ["momentum_buffer"] if group["momentum"] else []
@@ -86,15 +94,15 @@ def _sgd(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | N
     )
 
 
-def _adam(group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
+def _adam(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
     beta1, beta2 = group["betas"]
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
+    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor) or (_base.is_capturing() and not group["capturable"]):
         return None
     if not all(key in state for state in states for key in keys):
         return None
     names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
     options = {**{name: group[name] for name in names}, "beta1": beta1, "beta2": beta2}
-    function = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    function = torch._fused_adamw_ if group.get("decoupled_weight_decay", base is AdamW) else torch._fused_adam_
     columns = [[local(state[key]) for state in states] for key in keys]
     return Rule(function, columns, 3 - len(keys), [state["step"] for state in states], options)

@@ -1,11 +1,11 @@
 """The same functions for CPUs, block by block: what one operation has read is still in the cache for the next.
 
-A block is a slice of a large tensor, or a pack: as many small tensors as fill a block, copied side by side. The base's
-own step can run on blocks, too (`step_and_move`): on a copy of a block, which is all that is ever copied.
+A block is a slice of a large tensor, or a pack: some small tensors, copied side by side. The base's own step can run on
+blocks, too (`step_and_move`): on a copy of a block, which is all that is ever copied.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from mechanic_pytorch.kernels import for_loop
 from mechanic_pytorch.kernels.rule import Rule
 
-Part: TypeAlias = tuple[Tensor, ...]  # what a block has of one list: a slice of a tensor, or some small tensors
+Part: TypeAlias = Tensor | tuple[Tensor, ...]  # what a block has of one list: a slice, or the tensors of a pack
 
 BLOCK = 2**19  # numbers: some arrays of that size fit a cache, and it hides what a call costs
-SMALL = 2**14  # tensors of less are cheaper to copy side by side than to treat one by one
+ALIGN = 2**6  # a cut at multiples of this many numbers leaves it to the same instructions what becomes of each
+SMALL = 2**13  # tensors of less are cheaper to copy side by side than to treat one by one
+PACK = 2**17  # until there are so many numbers: the memory of larger copies goes back to the system, again and again
 
 
 def measure(
@@ -28,11 +30,14 @@ def measure(
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     dtype = deltas[0].dtype
+    converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _aligned
     sums = []
     for _, xs, gs, ds, *copied in _blocks(params, grads, deltas, *([] if copies is None else [copies])):
-        x, g, delta = (_line(part).to(dtype) for part in (xs, gs, ds))
+        x, g, delta = _line(xs), _line(gs), _line(ds)
         if copied:
-            torch._foreach_copy_(copied[0], xs)
+            _copy(copied[0], xs)
+        if converts:
+            x, g = x.to(dtype), g.to(dtype)
         sums += [delta.dot(g), delta.dot(x), g.dot(g), x.dot(x)]
     return torch.stack(sums).view(-1, 4).sum(0) if sums else deltas[0].new_zeros(4)
 
@@ -46,9 +51,10 @@ def move(
     new_scale: Tensor,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
+    change = new_scale - old_scale
     for _, xs, starts, *ours in _blocks(params, before, deltas, *([] if compensations is None else [compensations])):
-        if _is_slice(xs) and compensations is None:
-            _move_slice(xs[0] - starts[0], starts[0], ours[0][0], old_scale, new_scale, out=xs[0])
+        if isinstance(xs, Tensor) and compensations is None:
+            _move_slice(xs - starts, starts, ours[0], change, new_scale, out=xs)
         else:
             _move_pack(_line(xs), _line(starts), xs, *ours, old_scale=old_scale, new_scale=new_scale)
 
@@ -65,19 +71,18 @@ def step_and_move(
     """Make the base's step and rescale it, in place."""
     lists = [params, grads, deltas, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
+    change = new_scale - old_scale
     for indices, *parts in _blocks(*lists, *rule.states):
         (xs, gs, *ours), states = parts[:n], parts[n:]
-        if _is_slice(xs):
-            after = scratch[: len(xs[0])].copy_(xs[0])
-            pieces: Part = (after,)
-            start = xs[0]
+        if isinstance(xs, Tensor):
+            start, after = xs, scratch[: len(xs)].copy_(xs)
+            rule.apply([after], [gs], [[state] for state in states], indices)
         else:
             start = _packed(xs)
             after = start.clone()
-            pieces = _unpacked(after, xs)
-        rule.apply(pieces, gs, states, indices)
-        if _is_slice(xs) and compensations is None:
-            _move_slice(after.sub_(start), start, ours[0][0], old_scale, new_scale, out=start)
+            rule.apply(_unpacked(after, xs), gs, states, indices)
+        if isinstance(xs, Tensor) and compensations is None:
+            _move_slice(after.sub_(start), start, ours[0], change, new_scale, out=start)
         else:
             _move_pack(after, start, xs, *ours, old_scale=old_scale, new_scale=new_scale)
 
@@ -89,10 +94,8 @@ def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
     return all(_aligned(tensors) is not None for tensors in zip(params, *others, strict=True))
 
 
-def _move_slice(
-    update: Tensor, start: Tensor, delta: Tensor, old_scale: Tensor, new_scale: Tensor, out: Tensor
-) -> None:
-    torch.addcmul(start, delta, new_scale - old_scale, out=out)
+def _move_slice(update: Tensor, start: Tensor, delta: Tensor, change: Tensor, new_scale: Tensor, out: Tensor) -> None:
+    torch.addcmul(start, delta, change, out=out)
     out.addcmul_(update, new_scale)
     delta.add_(update)
 
@@ -112,9 +115,10 @@ def _move_pack(
         compensation = _line(compensations)
         for_loop.move([after], [start], [delta], [compensation], old_scale, new_scale)
         for line, part in [(after, xs), (delta, deltas), (compensation, compensations)]:
-            if line is not part[0]:
-                torch._foreach_copy_(part, _unpacked(line, part))
+            if line is not part:
+                _copy(part, line if isinstance(part, Tensor) else _unpacked(line, part))
         return
+    xs, deltas = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", deltas)
     update = after.sub_(start)
     pieces = _unpacked(update, xs)  # they share its memory
     torch._foreach_add_(deltas, pieces)
@@ -122,8 +126,8 @@ def _move_pack(
     torch._foreach_copy_(xs, pieces)
 
 
-def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, ...], ...]]:
-    """Yield indices into the lists and, for each list, the corresponding parts of its tensors."""
+def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """Yield indices into the lists and, for each list, the corresponding part of its tensors."""
     pack: list[tuple[Any, ...]] = []
     size = 0
     for i, tensors in enumerate(zip(*lists, strict=True)):
@@ -131,12 +135,17 @@ def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, ...], ...]]:
         aligned = _aligned(tensors)
         if n >= SMALL and aligned is not None:
             lines = [t.view(-1) for t in aligned]
-            for start in range(0, n, BLOCK):
-                yield (i,), *([(line[start : start + BLOCK],) for line in lines] if n > BLOCK else zip(lines))
+            if n > BLOCK:
+                length = -(-n // -(-n // BLOCK) // ALIGN) * ALIGN
+                cuts = tuple(range(length, n, length))
+                slices = [line.tensor_split(cuts) for line in lines]
+                yield from zip([(i,)] * len(slices[0]), *slices, strict=True)
+            else:
+                yield (i,), *lines
         elif n > 0:
             pack.append((i, *(aligned or tensors)))
             size += n
-            if size >= BLOCK:
+            if size >= PACK:
                 yield tuple(zip(*pack, strict=True))
                 pack, size = [], 0
     if pack:
@@ -152,20 +161,23 @@ def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
     return tensors if all(t.is_contiguous() for t in tensors) else None
 
 
-def _is_slice(part: Part) -> bool:
-    return len(part) == 1 and part[0].ndim == 1 and part[0].is_contiguous()
+def _copy(to: Part, part: Part) -> None:
+    if isinstance(to, Tensor):
+        to.copy_(cast("Tensor", part))
+    else:
+        torch._foreach_copy_(to, cast("tuple[Tensor, ...]", part))
 
 
 def _line(part: Part) -> Tensor:
-    return part[0] if _is_slice(part) else _packed(part)
+    """Return a slice as it is, or copies of a pack's tensors, side by side."""
+    return part if isinstance(part, Tensor) else _packed(part)
 
 
-def _packed(part: Part) -> Tensor:
-    """Return copies of tensors, side by side."""
-    line: Tensor = _flatten_dense_tensors(part)  # type: ignore[no-untyped-call]
-    return line.clone() if len(part) == 1 else line  # of one tensor, torch returns a view
+def _packed(tensors: tuple[Tensor, ...]) -> Tensor:
+    line: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return line.clone() if len(tensors) == 1 else line  # of one tensor, torch returns a view
 
 
-def _unpacked(line: Tensor, part: Part) -> Part:
+def _unpacked(line: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the places in a line where `_packed` put each tensor, in its shape."""
-    return _unflatten_dense_tensors(line, part)  # type: ignore[no-any-return,no-untyped-call]
+    return _unflatten_dense_tensors(line, tensors)  # type: ignore[no-any-return,no-untyped-call]
