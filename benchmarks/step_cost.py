@@ -265,13 +265,13 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         labels = [f"{row['time']:.1f}" if "time" in row else "fails" for row in rows][::-1]
         axis.bar_label(axis.containers[0], labels, padding=2, fontsize=7)
         axis.axvline(1, color="0.3", linewidth=0.8)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=8, loc="right")
         axis.tick_params(labelsize=7)
         axis.margins(x=0.12)
         axis.set_xlabel("time of a step / plain base", fontsize=8)
     for axis in axes[len(tables) :]:
         axis.remove()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
