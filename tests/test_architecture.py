@@ -15,7 +15,7 @@ ALLOWED = {
     "_buckets": {"_state", "distributed", "kernels"},
     "_classes": {"_config"},
     "_config": set(),
-    "_fused": {"_buckets", "distributed", "kernels"},
+    "_fused": {"_base", "_buckets", "distributed", "kernels"},
     "_state": {"distributed"},
     "_warnings": {"_base", "_buckets"},
     "distributed": set(),
