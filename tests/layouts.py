@@ -73,9 +73,12 @@ def whole(tensor):
 # --- layouts: each returns the model, its optimizer, this process's share of a batch, and how to see whole weights ----
 
 
+s_init = 1e-4  # of all of them; `auto_start` changes it
+
+
 def setup(model, params, base, part=slice(None), process_group=None, weights=None, lr=1.0, **options):
     cls, kwargs = BASES[base]
-    mechanized = mechanize(cls, s_decay=0.1, s_init=1e-4, process_group=process_group, **options)
+    mechanized = mechanize(cls, s_decay=0.1, s_init=s_init, process_group=process_group, **options)
     optimizer = mechanized(params, lr=lr, **kwargs)
     weights = weights or (lambda: {name: whole(p) for name, p in model.named_parameters()})
     return SimpleNamespace(model=model, optimizer=optimizer, part=part, weights=weights)
@@ -159,7 +162,7 @@ def zero(base, rank, size):
 
     model = DistributedDataParallel(build(base != "muon"))
     cls, kwargs = BASES[base]
-    mechanized = mechanize(cls, s_decay=0.1, s_init=1e-4, process_group=dist.group.WORLD)
+    mechanized = mechanize(cls, s_decay=0.1, s_init=s_init, process_group=dist.group.WORLD)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), mechanized, lr=1.0, **kwargs)
     weights = lambda: {name: whole(p) for name, p in model.module.named_parameters()}  # noqa: E731
     return SimpleNamespace(model=model, optimizer=optimizer, part=share_of(rank, size), weights=weights)
@@ -198,6 +201,15 @@ def outcome(run):
 
 def trajectory(layout, base, rank, size):
     return outcome(train(globals()[layout](base, rank, size)))
+
+
+def auto_start(layout, base, rank=0, size=1):
+    global s_init
+    s_init, before = "auto", s_init
+    try:
+        return outcome(train(globals()[layout](base, rank, size)))
+    finally:
+        s_init = before
 
 
 def collectives(layout, base, rank, size):

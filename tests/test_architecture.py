@@ -16,11 +16,12 @@ ALLOWED = {
     "_classes": {"_config"},
     "_config": set(),
     "_fused": {"_base", "_buckets", "distributed", "kernels"},
-    "_state": {"distributed"},
+    "_start": {"_base", "_buckets", "_state", "distributed"},
+    "_state": {"_config", "distributed"},
     "_warnings": {"_base", "_buckets"},
     "distributed": set(),
     "kernels": set(),
-    "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_state", "_warnings", "distributed"},
+    "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_start", "_state", "_warnings", "distributed"},
     "optim": {"_classes", "mechanic"},
 }
 

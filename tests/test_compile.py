@@ -60,7 +60,7 @@ def train(model, optimizer, steps, first=0, step=None):
 def build(name, dtype=torch.float32, **mechanic_options):
     base, options = BASES[name]
     model = mlp(dtype)
-    return model, mechanize(base, s_init=1e-3, **mechanic_options)(model.parameters(), lr=1.0, **options)
+    return model, mechanize(base, **{"s_init": 1e-3, **mechanic_options})(model.parameters(), lr=1.0, **options)
 
 
 def assert_same(model, optimizer, twin, other, **tolerance):
@@ -106,6 +106,21 @@ def test_no_graph_break(name, lr):
         optimizer.param_groups[0]["lr"] *= 0.9
     assert graphs.runs == 7
     assert graphs.compiled == (1 if isinstance(lr, torch.Tensor) else 2), "a float is taken for a constant once"
+
+
+@pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])
+def test_a_start_without_units_is_compiled_once_known(name):
+    (model, optimizer), (twin, other) = (build(name, torch.float64, s_init="auto") for _ in range(2))
+    graphs = Graphs()
+    step = torch.compile(optimizer.step, backend=graphs)
+    train(model, optimizer, 4, step=step)
+    compiled, runs = graphs.compiled, graphs.runs
+    train(model, optimizer, 20, first=4, step=step)
+    assert graphs.compiled == compiled
+    assert graphs.runs == runs + 20
+    train(twin, other, 24)
+    assert optimizer.scale > 1e-3
+    assert_same(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16():

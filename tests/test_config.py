@@ -8,12 +8,12 @@ import torch
 from mechanic_pytorch import Mechanic, mechanize
 
 BAD = [
-    ({"s_init": 0.0}, ValueError, "s_init must be a finite number > 0. Got 0.0."),
-    ({"s_init": -1e-8}, ValueError, "s_init must be a finite number > 0. Got -1e-08."),
-    ({"s_init": math.inf}, ValueError, "s_init must be a finite number > 0. Got inf."),
-    ({"s_init": math.nan}, ValueError, "s_init must be a finite number > 0. Got nan."),
-    ({"s_init": "auto"}, TypeError, "s_init must be a finite number > 0. Got 'auto'."),
-    ({"s_init": True}, TypeError, "s_init must be a finite number > 0. Got True."),
+    ({"s_init": 0.0}, ValueError, "s_init must be 'auto' or a finite number > 0. Got 0.0."),
+    ({"s_init": -1e-8}, ValueError, "s_init must be 'auto' or a finite number > 0. Got -1e-08."),
+    ({"s_init": math.inf}, ValueError, "s_init must be 'auto' or a finite number > 0. Got inf."),
+    ({"s_init": math.nan}, ValueError, "s_init must be 'auto' or a finite number > 0. Got nan."),
+    ({"s_init": "Auto"}, TypeError, "s_init must be 'auto' or a finite number > 0. Got 'Auto'."),
+    ({"s_init": True}, TypeError, "s_init must be 'auto' or a finite number > 0. Got True."),
     ({"betas": ()}, ValueError, "betas must be a non-empty sequence of numbers in [0, 1). Got ()."),
     ({"betas": 0.9}, TypeError, "betas must be a non-empty sequence of numbers in [0, 1). Got 0.9."),
     ({"betas": "0.9"}, TypeError, "betas must be a non-empty sequence of numbers in [0, 1). Got '0.9'."),

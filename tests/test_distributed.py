@@ -45,8 +45,10 @@ def world(directory):
             jobs += [("accumulated", layout) for layout in ("ddp", "fsdp2")]
             jobs += [("empty_process",), ("mixed_precision",), ("full_state_dict",)]
             jobs += [("mismatch", "s_init"), ("mismatch", "betas")]
+            jobs += [("auto_start", layout, "adamw") for layout in ("ddp", "fsdp2", "fsdp1", "owners")]
         else:
             jobs += [("collectives", "fsdp2_tp", "adamw"), ("collectives", "hsdp", "adamw_fused")]
+            jobs += [("auto_start", "fsdp2_tp", "adamw")]
         return jobs
 
     @functools.cache
@@ -90,6 +92,12 @@ def assert_equal_to_one_process(results, expected, rtol=1e-9):
 @pytest.mark.parametrize(("size", "layout", "base"), TRAJECTORIES)
 def test_equals_one_process(world, size, layout, base):
     assert_equal_to_one_process(world(size, "trajectory", layout, base), one_process(base))
+
+
+@pytest.mark.parametrize(("size", "layout"), [(2, "ddp"), (2, "fsdp2"), (2, "fsdp1"), (2, "owners"), (4, "fsdp2_tp")])
+def test_a_start_without_units_sees_all_parts(world, size, layout):
+    expected = layouts.auto_start("single", "adamw")
+    assert_equal_to_one_process(world(size, "auto_start", layout, "adamw"), expected)
 
 
 @pytest.mark.parametrize(

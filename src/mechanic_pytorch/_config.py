@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
@@ -27,7 +27,7 @@ class Config:
 
     s_decay: float = 0.01
     betas: tuple[float, ...] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
-    s_init: float = 1e-8
+    s_init: float | Literal["auto"] = 1e-8
     eps: float = 1e-8
     store_delta: bool = False
     # Never hashed: a callable need not be hashable.
@@ -39,7 +39,9 @@ class Config:
     def __post_init__(self) -> None:
         # Numbers become plain floats so that equal options always give the same (cached) class.
         self._set("s_decay", _number("s_decay", self.s_decay, "a finite number >= 0", "0.0 turns it off"))
-        self._set("s_init", _number("s_init", self.s_init, "a finite number > 0", "a small underestimate such as 1e-8"))
+        if not (isinstance(self.s_init, str) and self.s_init == "auto"):
+            remedy = "a small underestimate such as 1e-8, or 'auto'"
+            self._set("s_init", _number("s_init", self.s_init, "'auto' or a finite number > 0", remedy))
         self._set("eps", _number("eps", self.eps, "a finite number >= 0", "the default is 1e-8"))
         self._set("betas", _betas(self.betas))
         for name in ("store_delta", "skip_nonfinite"):

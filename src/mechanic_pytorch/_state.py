@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mechanic_pytorch._config import Config
 from mechanic_pytorch.distributed import whole
 
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
+UNIT = "mechanic_unit"
 STEPS = "mechanic_steps"
 SKIPPED_STEPS = "mechanic_skipped_steps"
 
@@ -46,36 +48,38 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 _TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
 
 
-def attach_tuner(optimizer: Optimizer, n: int) -> None:
+def attach_tuner(optimizer: Optimizer, config: Config) -> None:
     """Give the optimizer a tuner that has seen nothing, unless it has one already."""
     home = optimizer.param_groups[0]
     if STEPS not in home:
-        home.update({key: torch.zeros(n, device="cpu") for key in _TUNER_KEYS})
+        home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
         home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
+    if config.s_init == "auto" and UNIT not in home:
+        home[UNIT] = torch.zeros(3, device="cpu")
 
 
-def read_tuner(optimizer: Optimizer, n: int) -> TunerState:
+def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
     """Return the tuner's own tensors, first moved to where the parameters are if these have moved or been cast."""
-    attach_tuner(optimizer, n)
+    attach_tuner(optimizer, config)
     home, params = optimizer.param_groups[0], [p for group in optimizer.param_groups for p in group["params"]]
     if params:
         wide = any(accumulator_dtype(p.dtype) is torch.float64 for p in params)
         device, dtype = params[0].device, torch.float64 if wide else torch.float32
         tuner = home[_TUNER_KEYS[0]]
         if tuner.device != device or tuner.dtype != dtype:
-            home.update({key: home[key].to(device, dtype) for key in _TUNER_KEYS})
+            home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT) if key in home})
             home.update({key: home[key].to(device) for key in (STEPS, SKIPPED_STEPS)})
     return TunerState(*(home[key] for key in _TUNER_KEYS))
 
 
-def clear(optimizer: Optimizer, n: int) -> None:
+def clear(optimizer: Optimizer, config: Config) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
-    for key in (*_TUNER_KEYS, STEPS, SKIPPED_STEPS):
+    for key in (*_TUNER_KEYS, UNIT, STEPS, SKIPPED_STEPS):
         optimizer.param_groups[0].pop(key, None)
     for state in optimizer.state.values():
         for key in (DELTA, COMPENSATION):
             state.pop(key, None)
-    attach_tuner(optimizer, n)
+    attach_tuner(optimizer, config)
 
 
 # --- what the base sees, and what cannot work -------------------------------------------------------------------------
@@ -127,19 +131,20 @@ def with_whole_tuner(state_dict: dict[str, Any]) -> dict[str, Any]:
     process a part of every tensor.
     """
     groups = [
-        {key: whole(value) if key in _TUNER_KEYS else value for key, value in group.items()}
+        {key: whole(value) if key in (*_TUNER_KEYS, UNIT) else value for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "param_groups": groups}
 
 
-def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:
+def check_loadable(who: str, state_dict: dict[str, Any], config: Config) -> None:
     """Refuse a checkpoint that does not fit; nothing has been changed yet.
 
     Raises:
-        ValueError: its tuner has another number of betas, or has learned but come without the sums of updates; it was
-            made by version 0.0.1; it is differentiable.
+        ValueError: its tuner has another number of betas, or another kind of start, or has learned but come without the
+            sums of updates; it was made by version 0.0.1; it is differentiable.
     """
+    n = len(config.betas)
     if "_mechanic" in state_dict["state"]:
         raise ValueError(
             f"{who}: a checkpoint must come from this package or from the plain base. Got one of version 0.0.1, whose "
@@ -155,6 +160,13 @@ def check_loadable(who: str, state_dict: dict[str, Any], n: int) -> None:
                     "the keys that start with 'mechanic_' from param_groups[0] and state of a deep copy of it to start "
                     "the tuner afresh."
                 )
+        if STEPS in group and (UNIT in group) != (config.s_init == "auto"):
+            kinds = ("'auto'", "a number") if UNIT in group else ("a number", "'auto'")
+            raise ValueError(
+                f"{who}: s_init must be of the kind that the checkpoint was saved with. Got {kinds[0]} in the "
+                f"checkpoint and {kinds[1]} here. Remedy: pass mechanize the same s_init, or drop the keys that start "
+                "with 'mechanic_' from param_groups[0] and state of a deep copy of it to start the tuner afresh."
+            )
     has_learned = any(int(g.get(STEPS, 0)) > int(g.get(SKIPPED_STEPS, 0)) for g in state_dict["param_groups"])
     has_params = any(group["params"] for group in state_dict["param_groups"])
     if has_learned and has_params and not any(DELTA in state for state in state_dict["state"].values()):

@@ -16,7 +16,8 @@ s have n entries and start at 0. One step:
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
 never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
-between steps. The file `docs/deviations.md` lists where this differs from other implementations, and why.
+between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was (`_start.py`). The
+file `docs/deviations.md` lists where this differs from other implementations, and why.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _base, _buckets, _fused, _state, _warnings
+from mechanic_pytorch import _base, _buckets, _fused, _start, _state, _warnings
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
+from mechanic_pytorch._start import Numbers
 from mechanic_pytorch._state import TunerState
 from mechanic_pytorch.distributed import check_agreement, check_parts, sum_over_processes
 
@@ -46,7 +48,7 @@ def mechanize(
     Base: type[Optimizer],
     s_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
-    s_init: float = 1e-8,
+    s_init: float | Literal["auto"] = 1e-8,
     eps: float = 1e-8,
     store_delta: bool = False,
     log_func: LogFunc | None = None,
@@ -67,7 +69,9 @@ def mechanize(
             weighs in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
         s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
-            costs a few steps, too large may diverge.
+            costs a few steps, too large may diverge. "auto" measures the first update and starts relative to it, and
+            takes s_decay and eps in the same unit: the run is then the same for every base lr, up to rounding, and
+            begins sooner (`_start.py` has the formula).
         eps: added to sqrt(v), in units of h (update times gradient).
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
@@ -140,6 +144,7 @@ class Mechanic(Optimizer):
     mechanic_config: ClassVar[Config]
     found_inf: Tensor  # there only while a GradScaler, or our own step, tells the base whether to skip
     _base_has_moved = False
+    _start_is_known = False
     _steps_without_move = 0
     _skips_in_a_row = 0
     _log_count: int | None = None
@@ -169,11 +174,12 @@ class Mechanic(Optimizer):
         buckets, spreads = _buckets.collect(self, config.process_group)
         if not buckets and not any(spreads):
             return loss
-        if torch.compiler.is_compiling() and any(bucket.is_new for bucket in buckets):
+        begins = any(bucket.is_new for bucket in buckets) or (config.s_init == "auto" and not self._start_is_known)
+        if torch.compiler.is_compiling() and begins:
             return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
 
         # Measure.
-        old = _state.read_tuner(self, len(config.betas))
+        old = _state.read_tuner(self, config)
         if not self._options_compared:
             params = (p for group in self.param_groups for p in group["params"])
             check_parts(type(self).__name__, params, config.process_group)
@@ -191,7 +197,8 @@ class Mechanic(Optimizer):
         dots = sum_over_processes(parts, spreads)
 
         # Tune.
-        new = tune(old, dots, config)
+        unit, options = (None, config) if config.s_init != "auto" else _start.begin(self, buckets, spreads, dots)
+        new = tune(old, dots, options)
         skip = torch.stack(new).isfinite().all().logical_not()
         # Even a base that skips by itself creates state at its first step, and not always with defined values.
         we_skip = config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets))
@@ -221,6 +228,9 @@ class Mechanic(Optimizer):
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)
+        if unit is not None:
+            home_unit = self.param_groups[0][_state.UNIT]
+            home_unit.copy_(torch.where(skip, home_unit, unit))
         self._count(skip)
         return loss
 
@@ -256,8 +266,9 @@ class Mechanic(Optimizer):
 
         The base's own state, such as momentum, stays. The counts of steps and of skipped steps begin again, too.
         """
-        _state.clear(self, len(self.mechanic_config.betas))
+        _state.clear(self, self.mechanic_config)
         self._log_count = None
+        self._start_is_known = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group` does.
@@ -273,7 +284,7 @@ class Mechanic(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        _state.attach_tuner(self, len(self.mechanic_config.betas))
+        _state.attach_tuner(self, self.mechanic_config)
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict` does.
@@ -284,12 +295,11 @@ class Mechanic(Optimizer):
         Raises:
             ValueError: the checkpoint does not fit, or its tuner has another number of betas. Nothing is changed.
         """
-        n = len(self.mechanic_config.betas)
         state_dict = _state.with_whole_tuner(state_dict)
         after_hooks = [state_dict]
 
         def see(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-            _state.check_loadable(type(self).__name__, loaded, n)
+            _state.check_loadable(type(self).__name__, loaded, self.mechanic_config)
             after_hooks.append(loaded)
 
         see(self, state_dict)  # for a base that loads without calling hooks
@@ -299,8 +309,9 @@ class Mechanic(Optimizer):
         finally:
             handle.remove()
         _state.restore_uncast(self, after_hooks[-1])
-        _state.attach_tuner(self, n)
+        _state.attach_tuner(self, self.mechanic_config)
         self._log_count = None
+        self._start_is_known = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint, without showing the base what it has not written."""
@@ -319,7 +330,7 @@ class Mechanic(Optimizer):
             log({"iter_count": self._log_count, "s": float(self.scale)})
 
 
-def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
+def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerState:
     """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
 
     Args:
@@ -348,7 +359,7 @@ def tune(state: TunerState, dots: Tensor, config: Config) -> TunerState:
     m = torch.maximum(beta * m, h.abs())
     v = beta.square() * v + h.square()
     r = (beta * r - s * h).clamp_min(0.0)
-    wealth = config.s_init / len(config.betas) * m + r
+    wealth = config.s_init / len(config.betas) * m + r  # type: ignore[operator]  # "auto" has become a number
     s = (wealth / (v.sqrt() + config.eps)).masked_fill(wealth == 0, 0.0)
     return TunerState(m, v, r, s)
 

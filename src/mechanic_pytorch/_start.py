@@ -1,0 +1,94 @@
+r"""`s_init="auto"`: a start that knows no units.
+
+Three options are numbers with a unit. `s_init` is a scale, so it is compared with x / delta; `eps` is compared with h,
+which is an update times a gradient; `s_decay` weighs x / delta against 1. Multiply all updates of the base by a
+constant, which is what another base lr does, and the numbers mean something else.
+
+Let u be the base's first update, x and g the parameters and the gradient where it is seen first, and
+
+    c = max(|x|, 1) / |u|          the scale at which the first update would be as long as the parameters
+
+Running the tuner on c * delta, with s_init relative to that and eps in units of |g| * max(|x|, 1), gives the same
+run for every base lr, up to rounding. Written for delta itself, this is Algorithm 1 with
+
+    s_init = c * 1e-4,    s_decay = s_decay / c,    eps = eps * |g| * max(|x|, 1) / c
+
+which is what this file computes. Under a warm-up the first updates are small because lr is, and c would promise too
+much: c is that of the first update, rescaled to the largest lr so far.
+
+x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
+not zero, there is no c, and no scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mechanic_pytorch._base import can_ask_host
+from mechanic_pytorch._buckets import Bucket
+from mechanic_pytorch._state import UNIT
+from mechanic_pytorch.distributed import Spread, sum_over_processes
+
+RELATIVE = 1e-4  # the first scale, relative to c
+
+
+class Numbers(NamedTuple):
+    """The options of `tune`, as they apply to delta itself."""
+
+    betas: tuple[float, ...]
+    s_decay: float | Tensor
+    s_init: float | Tensor
+    eps: float | Tensor
+
+
+def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], dots: Tensor) -> tuple[Tensor, Numbers]:
+    """Return what is to be remembered of the start, if this step is made, and the options for it."""
+    delta_squared = None
+    if not optimizer._start_is_known:
+        parts = {spread: dots.new_zeros(1) for spread in [(), *spreads]}
+        for bucket in buckets:
+            parts[bucket.spread] += bucket.kernel.measure(bucket.deltas, bucket.deltas, bucket.deltas)[:1].to(dots)
+        delta_squared = sum_over_processes(parts, spreads)[0]
+    unit = next_unit(optimizer.param_groups[0][UNIT], dots, delta_squared, largest_lr(optimizer))
+    if not optimizer._start_is_known and can_ask_host():
+        optimizer._start_is_known = bool(unit[0] > 0)
+    config = optimizer.mechanic_config
+    return unit, relative(config.betas, config.s_decay, config.eps, unit)
+
+
+def next_unit(unit: Tensor, dots: Tensor, delta_squared: Tensor | None, lr: float | Tensor) -> Tensor:
+    """Return what is remembered of the start, shape (3,): `[c * lr, |g| * |x|, lr]`; zeros where nothing is known.
+
+    Args:
+        unit: that of the last step; its lr is the one by which delta came about.
+        dots: the four sums.
+        delta_squared: |delta|^2, shape (), as long as c may be unknown; None afterwards.
+        lr: the largest of this step's.
+    """
+    length, product, highest = unit.unbind()
+    if delta_squared is not None:
+        x, g = dots[3].sqrt().clamp_min(1.0), dots[2].sqrt()
+        found = torch.stack([x * highest / delta_squared.sqrt(), g * x])
+        begins = (length == 0) & (found > 0).all() & found.isfinite().all()
+        length, product = torch.where(begins, found, unit[:2]).unbind()
+    return torch.stack([length, product, highest.clamp_min(lr)])
+
+
+def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor) -> Numbers:
+    """Return the options that apply to delta itself."""
+    length, product, highest = unit.unbind()
+    c = torch.where(length > 0, length / highest, 1.0)
+    return Numbers(betas, s_decay / c, RELATIVE * c, eps * product / c)
+
+
+def largest_lr(optimizer: Any) -> float | Tensor:
+    """Return the largest lr of the groups, without a look at one that is a tensor; 1 for a base that has none."""
+    values = [1.0 if lr is None else lr for lr in (group.get("lr") for group in optimizer.param_groups)]
+    if any(isinstance(lr, Tensor) for lr in values):
+        home = optimizer.param_groups[0][UNIT]
+        return torch.stack([torch.as_tensor(lr).to(home).reshape(()) for lr in values]).max()
+    return max(values)

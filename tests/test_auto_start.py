@@ -1,0 +1,210 @@
+"""`s_init="auto"`: the run does not depend on the base lr, and starts wherever a first step is special."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+import oracle
+from counting import Operations
+from mechanic_pytorch import mechanize
+from problems import SparseClassifier, full_loss, loss_of, mlp, train
+from test_paper import objective
+from test_resume import assert_identical
+
+BASES = {
+    "SGD": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-3}),
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "AdamW_fused": (torch.optim.AdamW, {"weight_decay": 0.1, "fused": True}),
+}
+
+
+def auto(name, params, lr=1.0, **options):
+    base, base_options = BASES[name]
+    return mechanize(base, s_init="auto", **options)(params, lr=lr, **base_options)
+
+
+def relative_distance(actual, expected):
+    difference = torch.cat([(a - e).flatten() for a, e in zip(actual, expected, strict=True)])
+    return (difference.norm() / torch.cat([e.flatten() for e in expected]).norm()).item()
+
+
+WARM_UP = {"constant": lambda t: 1.0, "warm-up": lambda t: min(1.0, t / 20), "decay": lambda t: 0.97**t}
+
+
+@pytest.mark.parametrize("schedule", WARM_UP)
+@pytest.mark.parametrize("name", ["SGD", "momentum", "AdamW"])
+def test_equals_the_tuner_run_in_other_units(name, schedule):
+    lr, steps = 1e-3, 60
+    start, gradients = objective(0)
+    params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
+    ours = auto(name, params, lr)
+    now = {"lr": lr}
+    rule = {
+        "SGD": lambda lr: oracle.sgd(lr),
+        "momentum": lambda lr: oracle.sgd(lr, 0.9, 1e-3),
+        "AdamW": lambda lr: oracle.adamw(lr, weight_decay=0.1),
+    }[name](1.0)  # all these rules are proportional to lr
+    theirs = oracle.AutoOracle(start, lambda x, g: [now["lr"] * u for u in rule(x, g)])
+    for t in range(steps):
+        now["lr"] = ours.param_groups[0]["lr"] = lr * WARM_UP[schedule](t)
+        for p, g in zip(params, gradients([p.detach().numpy() for p in params], t), strict=True):
+            p.grad = torch.tensor(g)
+        ours.step()
+        theirs.step(gradients(theirs.x, t), now["lr"])
+    assert theirs.s.sum() > 1e-3
+    for p, x in zip(params, theirs.x, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_float64_runs_at_any_lr_are_the_same(name):
+    weights = {}
+    for lr in (1e-8, 1.0, 1e8):
+        model = mlp(torch.float64)
+        optimizer = auto(name, model.parameters(), lr)
+        train(model, optimizer, 100, scheduler=LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 10)))
+        weights[lr] = [p.detach() for p in model.parameters()]
+        assert full_loss(model) < 0.5
+    for lr in (1e-8, 1e8):
+        assert relative_distance(weights[lr], weights[1.0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_float32_runs_end_alike(name):
+    """SGD at lr 1e-6 makes updates of 1e-8, most of which is lost where it adds them to weights of 0.1."""
+    losses = []
+    for lr in ([1e-6] if "Adam" in name else []) + [1e-3, 1.0, 1e3, 1e6]:
+        model = mlp()
+        optimizer = auto(name, model.parameters(), lr)
+        train(model, optimizer, 300, scheduler=LambdaLR(optimizer, lambda t: 1 - t / 300))
+        losses.append(full_loss(model))
+    assert max(losses) < 1.02 * min(losses)
+
+
+def scale_after(model, optimizer, steps=150, **options):
+    train(model, optimizer, steps, **options)
+    assert full_loss(model) < 1.0  # 2.3 at first
+    return optimizer.scale
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_weights_that_start_at_zero(name):
+    model = mlp()
+    for p in model[2].parameters():
+        torch.nn.init.zeros_(p)
+    scale_after(model, auto(name, model.parameters()))
+    classifier = torch.nn.Linear(64, 10)
+    for p in classifier.parameters():
+        torch.nn.init.zeros_(p)
+    scale_after(classifier, auto(name, classifier.parameters()))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_start_waits_for_an_update_and_a_gradient(name):
+    """Warm-up from lr 0: the first update is zero; then gradients that are."""
+    model = mlp()
+    optimizer = auto(name, model.parameters())
+    schedule = LambdaLR(optimizer, lambda t: 0.0 if t < 3 else 1.0)
+    for t in range(6):
+        optimizer.zero_grad()
+        (loss_of(model, t) * (0.0 if t in (4, 5) else 1.0)).backward()
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["mechanic_unit"][0] == 0, t
+        assert optimizer.scale == 0
+    scale_after(model, optimizer, scheduler=schedule)
+    assert optimizer.param_groups[0]["mechanic_unit"][0] > 0
+
+
+def test_parameters_whose_first_gradients_are_zero():
+    model = mlp()
+    model[0].weight.register_hook(lambda g: g * float(optimizer.param_groups[0]["mechanic_steps"] > 3))
+    optimizer = auto("AdamW", model.parameters())
+    scale_after(model, optimizer)
+
+
+def test_sparse_gradients():
+    model = SparseClassifier()
+    optimizer = mechanize(torch.optim.SparseAdam, s_init="auto")(model.parameters(), lr=1.0)
+    scale_after(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    """No lr is too large for the weights of 16 bits, in which updates of lr 1e-8 would vanish."""
+    model = mlp(dtype)
+    optimizer = mechanize(torch.optim.SGD, s_init="auto")(model.parameters(), lr=1.0)
+    scale_after(model, optimizer)
+    assert optimizer.param_groups[0]["mechanic_unit"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 30])
+def test_a_resumed_run_is_the_same(cut):
+    model = mlp()
+    optimizer = auto("AdamW_fused", model.parameters(), 1e-4)
+    train(model, optimizer, cut)
+    other = copy.deepcopy(model)
+    resumed = auto("AdamW_fused", other.parameters(), 1e-4)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 10, first=cut)
+    train(other, resumed, 10, first=cut)
+    assert_identical(
+        [list(other.parameters()), resumed.state_dict()], [list(model.parameters()), optimizer.state_dict()]
+    )
+
+
+def test_a_reset_starts_anew():
+    model = mlp()
+    optimizer = auto("SGD", model.parameters())
+    train(model, optimizer, 20)
+    before = optimizer.param_groups[0]["mechanic_unit"].clone()
+    optimizer.reset()
+    assert not optimizer.param_groups[0]["mechanic_unit"].any()
+    scale_after(model, optimizer)
+    assert optimizer.param_groups[0]["mechanic_unit"][0] != before[0]
+
+
+def test_a_checkpoint_of_another_kind_of_start_is_refused():
+    kinds = {}
+    for s_init in ("auto", 1e-8):
+        model = mlp()
+        kinds[s_init] = mechanize(torch.optim.SGD, s_init=s_init)(model.parameters(), lr=1.0)
+        train(model, kinds[s_init], 3)
+    for one, other in (("auto", 1e-8), (1e-8, "auto")):
+        before = copy.deepcopy(kinds[one].state_dict())
+        with pytest.raises(ValueError, match="s_init must be of the kind that the checkpoint was saved with"):
+            kinds[one].load_state_dict(kinds[other].state_dict())
+        assert_identical(kinds[one].state_dict(), before)
+    plain = torch.optim.SGD(mlp().parameters(), lr=1.0)
+    kinds["auto"].load_state_dict(plain.state_dict())
+
+
+def test_a_skipped_first_gradient_is_not_taken_for_the_start():
+    model = mlp()
+    optimizer = auto("AdamW_fused", model.parameters())
+    train(model, optimizer, 1)
+    loss_of(model, 1).backward()
+    model[0].weight.grad[0, 0] = torch.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert optimizer.param_groups[0]["mechanic_unit"][0] == 0
+    scale_after(model, optimizer)
+
+
+def test_once_begun_it_costs_nothing():
+    counts = {}
+    for s_init in ("auto", 1e-8):
+        model = mlp()
+        optimizer = mechanize(torch.optim.AdamW, s_init=s_init)(model.parameters(), lr=1.0, fused=True)
+        train(model, optimizer, 3)
+        loss_of(model, 3).backward()
+        with Operations() as counts[s_init]:
+            optimizer.step()
+    assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
+    small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
+    assert small["measure"] < 25  # operations on three numbers
+    assert counts["auto"].count["dot"] == counts[1e-8].count["dot"]
