@@ -1,0 +1,1 @@
+"""How close the tuner comes to a tuned learning rate: `python -m benchmarks.convergence`."""
