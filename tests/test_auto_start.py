@@ -157,6 +157,17 @@ def test_a_resumed_run_is_the_same(cut):
     )
 
 
+def test_a_tensor_lr_is_the_same():
+    runs = []
+    for lr in (0.5, torch.tensor(0.5)):
+        model = mlp(torch.float64)
+        layers = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.25}]
+        optimizer = mechanize(torch.optim.AdamW, s_init="auto")(layers, lr=lr, fused=True)
+        train(model, optimizer, 20)
+        runs.append([p.detach() for p in model.parameters()])
+    assert relative_distance(*runs) < 1e-12
+
+
 def test_a_reset_starts_anew():
     model = mlp()
     optimizer = auto("SGD", model.parameters())

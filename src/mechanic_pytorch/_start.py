@@ -90,5 +90,6 @@ def largest_lr(optimizer: Any) -> float | Tensor:
     values = [1.0 if lr is None else lr for lr in (group.get("lr") for group in optimizer.param_groups)]
     if any(isinstance(lr, Tensor) for lr in values):
         home = optimizer.param_groups[0][UNIT]
-        return torch.stack([torch.as_tensor(lr).to(home).reshape(()) for lr in values]).max()
+        numbers = [lr.to(home).reshape(()) if isinstance(lr, Tensor) else home.new_full((), lr) for lr in values]
+        return torch.stack(numbers).max()
     return max(values)
