@@ -121,7 +121,16 @@ def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
     return dots if overflow is None else dots.masked_fill(overflow.to(dots.device) > 0, torch.nan)
 
 
-def lrs(optimizer: Optimizer) -> list[float]:
-    """Return the lr of each group; a base that has none, or sets it by itself, counts as lr 1."""
-    values = [group.get("lr") for group in optimizer.param_groups]
+def lrs(optimizer: Optimizer, key: str = "lr") -> list[float]:
+    """Return the lr of each group, or what is under another key; a base that has none, or sets it, counts as lr 1."""
+    values = [group.get(key, group.get("lr")) for group in optimizer.param_groups]
     return [1.0 if lr is None else float(lr) for lr in values]
+
+
+def largest_lr(optimizer: Optimizer, like: Tensor) -> float | Tensor:
+    """Return the largest lr of the groups; as a tensor like `like`, not looked at, if one of them is a tensor."""
+    values = [1.0 if lr is None else lr for lr in (group.get("lr") for group in optimizer.param_groups)]
+    if any(isinstance(lr, Tensor) for lr in values):
+        tensors = [lr.to(like).reshape(()) if isinstance(lr, Tensor) else like.new_full((), lr) for lr in values]
+        return torch.stack(tensors).max()
+    return max(values)

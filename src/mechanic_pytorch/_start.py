@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mechanic_pytorch._base import can_ask_host
+from mechanic_pytorch._base import can_ask_host, largest_lr
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch._state import UNIT
 from mechanic_pytorch.distributed import Spread, sum_over_processes
@@ -53,7 +53,7 @@ def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], 
         for bucket in buckets:
             parts[bucket.spread] += bucket.kernel.measure(bucket.deltas, bucket.deltas, bucket.deltas)[:1].to(dots)
         delta_squared = sum_over_processes(parts, spreads)[0]
-    unit = next_unit(optimizer.param_groups[0][UNIT], dots, delta_squared, largest_lr(optimizer))
+    unit = next_unit(optimizer.param_groups[0][UNIT], dots, delta_squared, largest_lr(optimizer, dots))
     if not optimizer._start_is_known and can_ask_host():
         optimizer._start_is_known = bool(unit[0] > 0)
     config = optimizer.mechanic_config
@@ -83,13 +83,3 @@ def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor)
     length, product, highest = unit.unbind()
     c = torch.where(length > 0, length / highest, 1.0)
     return Numbers(betas, s_decay / c, RELATIVE * c, eps * product / c)
-
-
-def largest_lr(optimizer: Any) -> float | Tensor:
-    """Return the largest lr of the groups, without a look at one that is a tensor; 1 for a base that has none."""
-    values = [1.0 if lr is None else lr for lr in (group.get("lr") for group in optimizer.param_groups)]
-    if any(isinstance(lr, Tensor) for lr in values):
-        home = optimizer.param_groups[0][UNIT]
-        numbers = [lr.to(home).reshape(()) if isinstance(lr, Tensor) else home.new_full((), lr) for lr in values]
-        return torch.stack(numbers).max()
-    return max(values)

@@ -3,8 +3,9 @@
 Per parameter, in `optimizer.state[p]`: the sum of updates and, for parameters of less than 32 bits, the compensation.
 They are written only after the base's first step, because many bases take an empty `state[p]` for "not started".
 
-Per optimizer, in `optimizer.param_groups[0]`: the tuner's vectors and two counters. Parameter groups are what every
-checkpointing tool carries whole and uncast; a key of `optimizer.state` that is not a parameter is what some refuse.
+Per optimizer, in `optimizer.param_groups[0]`: the tuner's vectors, two counters and two notes. Parameter groups are
+what every checkpointing tool carries whole and uncast; a key of `optimizer.state` that is not a parameter is what some
+refuse.
 
 All keys start with `mechanic_`; all values are tensors.
 """
@@ -25,6 +26,7 @@ from mechanic_pytorch.distributed import whole
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
 UNIT = "mechanic_unit"
+PEAK_LR = "mechanic_peak_lr"
 STEPS = "mechanic_steps"
 SKIPPED_STEPS = "mechanic_skipped_steps"
 
@@ -56,6 +58,8 @@ def attach_tuner(optimizer: Optimizer, config: Config) -> None:
         home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
     if config.s_init == "auto" and UNIT not in home:
         home[UNIT] = torch.zeros(3, device="cpu")
+    if PEAK_LR not in home:
+        home[PEAK_LR] = torch.zeros((), device="cpu")
 
 
 def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
@@ -67,14 +71,22 @@ def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
         device, dtype = params[0].device, torch.float64 if wide else torch.float32
         tuner = home[_TUNER_KEYS[0]]
         if tuner.device != device or tuner.dtype != dtype:
-            home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT) if key in home})
+            home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT, PEAK_LR) if key in home})
             home.update({key: home[key].to(device) for key in (STEPS, SKIPPED_STEPS)})
     return TunerState(*(home[key] for key in _TUNER_KEYS))
 
 
+def note(optimizer: Optimizer, skip: Tensor, *, unit: Tensor | None, effective_lr: Tensor) -> None:
+    """Write down the unit of the start, if there is one, and the largest effective lr; nothing where `skip` holds."""
+    home = optimizer.param_groups[0]
+    home[PEAK_LR].copy_(torch.where(skip, home[PEAK_LR], torch.maximum(home[PEAK_LR], effective_lr)))
+    if unit is not None:
+        home[UNIT].copy_(torch.where(skip, home[UNIT], unit))
+
+
 def clear(optimizer: Optimizer, config: Config) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
-    for key in (*_TUNER_KEYS, UNIT, STEPS, SKIPPED_STEPS):
+    for key in (*_TUNER_KEYS, UNIT, PEAK_LR, STEPS, SKIPPED_STEPS):
         optimizer.param_groups[0].pop(key, None)
     for state in optimizer.state.values():
         for key in (DELTA, COMPENSATION):
@@ -131,7 +143,7 @@ def with_whole_tuner(state_dict: dict[str, Any]) -> dict[str, Any]:
     process a part of every tensor.
     """
     groups = [
-        {key: whole(value) if key in (*_TUNER_KEYS, UNIT) else value for key, value in group.items()}
+        {key: whole(value) if key in (*_TUNER_KEYS, UNIT, PEAK_LR) else value for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "param_groups": groups}

@@ -228,9 +228,7 @@ class Mechanic(Optimizer):
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)
-        if unit is not None:
-            home_unit = self.param_groups[0][_state.UNIT]
-            home_unit.copy_(torch.where(skip, home_unit, unit))
+        _state.note(self, skip, unit=unit, effective_lr=scales[1] * _base.largest_lr(self, scales[1]))
         self._count(skip)
         return loss
 
@@ -260,6 +258,25 @@ class Mechanic(Optimizer):
         """
         scale = float(self.scale)
         return [lr * scale for lr in _base.lrs(self)]
+
+    def learned_lr(self) -> list[float]:
+        """Return, for each parameter group, the largest effective lr of the run so far. Copies to the host.
+
+        This is the lr to give to the plain base optimizer, with the same schedule, for a run like this one. Groups are
+        in proportion to their "initial_lr", which schedulers set, or else to their lr.
+
+        Example:
+            >>> import torch
+            >>> from mechanic_pytorch import mechanize
+            >>> optimizer = mechanize(torch.optim.SGD)([torch.zeros(3, requires_grad=True)], lr=1.0)
+            >>> optimizer.learned_lr()
+            [0.0]
+        """
+        peak = float(self.param_groups[0][_state.PEAK_LR])
+        shares = [
+            float(group.get("initial_lr", lr)) for group, lr in zip(self.param_groups, _base.lrs(self), strict=True)
+        ]
+        return [peak * (share / max(shares) if any(shares) else 1.0) for share in shares]
 
     def reset(self) -> None:
         """Start the tuner and the sums of updates anew from the current weights: a new task, new data.
