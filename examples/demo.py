@@ -1,4 +1,4 @@
-"""Train on real digits at base learning rates from 1e-8 to 1e6: plain AdamW, and AdamW mechanized.
+"""Train on real digits at base learning rates from 1e-8 to 1e6: plain AdamW, and AdamW mechanized, with two starts.
 
 The data are scikit-learn's handwritten digits, 1,797 images of 8 x 8 pixels which come with it; nothing is downloaded.
 Every run starts from the same weights and sees the same batches in the same order, under the same cosine schedule; only
@@ -56,7 +56,7 @@ class Run:
     """What one training run came to."""
 
     base_lr: float
-    peak_lr: float  # base_lr times the learned scale, which is 1 for the plain optimizer
+    peak_lr: float  # the largest effective learning rate; base_lr, for the plain optimizer
     accuracy: float  # percent, on the test images
     finite: bool  # whether the loss was finite at every step
 
@@ -100,9 +100,9 @@ def train(
             optimizer.step()
             schedule.step()
         advance()
-    # The cosine ends at 0, and so does `optimizer.effective_lr()`; its top is what tells the runs apart.
-    scale = float(optimizer.scale) if is_mechanized(optimizer) else 1.0
-    return Run(base_lr, base_lr * scale, accuracy_on_test(model, data), finite)
+    # The cosine ends at 0, and so does `optimizer.effective_lr()`; its largest value is what tells the runs apart.
+    peak_lr = optimizer.learned_lr()[0] if is_mechanized(optimizer) else base_lr
+    return Run(base_lr, peak_lr, accuracy_on_test(model, data), finite)
 
 
 @torch.no_grad()
@@ -111,9 +111,13 @@ def accuracy_on_test(model: nn.Module, data: Digits) -> float:
     return 100.0 * float((model(data.test_x).argmax(dim=1) == data.test_y).float().mean())
 
 
-def train_all(data: Digits, epochs: int, console: Console) -> tuple[list[Run], list[Run]]:
-    """Train at every base learning rate under one progress bar; return the plain and the mechanized runs."""
-    contestants = {"plain AdamW": torch.optim.AdamW, "mechanized AdamW": mechanize(torch.optim.AdamW)}
+def train_all(data: Digits, epochs: int, console: Console) -> tuple[list[Run], list[Run], list[Run]]:
+    """Train at every base learning rate under one progress bar; return the plain and both kinds of mechanized runs."""
+    contestants = {
+        "plain AdamW": torch.optim.AdamW,
+        "mechanized AdamW": mechanize(torch.optim.AdamW),
+        'mechanized AdamW, s_init="auto"': mechanize(torch.optim.AdamW, s_init="auto"),
+    }
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -123,35 +127,38 @@ def train_all(data: Digits, epochs: int, console: Console) -> tuple[list[Run], l
                 progress.update(task, description=f"{name}, base lr {base_lr:.0e}")
                 runs[name].append(train(base, base_lr, data, epochs, lambda: progress.advance(task)))
         progress.update(task, description=f"epochs of all {len(contestants) * len(BASE_LRS)} runs")
-    plain, mechanized = runs.values()
-    return plain, mechanized
+    plain, mechanized, auto = runs.values()
+    return plain, mechanized, auto
 
 
-def make_table(plain: list[Run], mechanized: list[Run], epochs: int) -> Table:
+def make_table(plain: list[Run], mechanized: list[Run], auto: list[Run], epochs: int) -> Table:
     """Return the one table: a row for each base learning rate."""
     table = Table(title=f"Handwritten digits after {epochs} epochs: accuracy on test images")
-    for header in ("base lr", "plain AdamW", "mechanized AdamW", "learned peak lr"):
+    for header in ("base lr", "plain AdamW", "mechanized", "learned lr", '"auto"', "learned lr"):
         table.add_column(header, justify="right")
-    for p, m in zip(plain, mechanized, strict=True):
-        table.add_row(f"{p.base_lr:.0e}", percent(p), percent(m), f"{m.peak_lr:.1e}")
+    for p, m, a in zip(plain, mechanized, auto, strict=True):
+        table.add_row(f"{p.base_lr:.0e}", percent(p), percent(m), f"{m.peak_lr:.1e}", percent(a), f"{a.peak_lr:.1e}")
     return table
 
 
-def make_notes(plain: list[Run], mechanized: list[Run], data: Digits) -> list[str]:
+def make_notes(plain: list[Run], mechanized: list[Run], auto: list[Run], data: Digits) -> list[str]:
     """Return what the results say, good and bad."""
     best = max(plain, key=lambda run: run.accuracy)
-    good_plain, good = ([r for r in runs if r.accuracy >= best.accuracy - CLOSE] for runs in (plain, mechanized))
+    good_plain, good, good_auto = (
+        [run for run in runs if run.accuracy >= best.accuracy - CLOSE] for runs in (plain, mechanized, auto)
+    )
     notes = [
-        "Learned peak lr = base lr x learned scale: the base lr at which plain AdamW would make steps of that size.",
+        "Learned lr: the largest lr x learned scale of the run, with which plain AdamW would make steps of that size.",
         f"The best plain AdamW has {percent(best)}, at base lr {best.base_lr:.0e}. Within {CLOSE:.0f} points of it: "
-        f"plain AdamW at {base_lrs(good_plain)}; mechanized AdamW at {base_lrs(good)}.",
+        f'plain AdamW at {base_lrs(good_plain)}; mechanized AdamW at {base_lrs(good)}; with s_init="auto" at '
+        f"{base_lrs(good_auto)}.",
     ]
     held_back = [run for run in mechanized if is_held_back(run, good)]
     if held_back:
         notes.append(
             f"Mechanized AdamW at {base_lrs(held_back)} learned too small a scale: a small base lr needs a large one, "
             "but s_init and eps are absolute numbers, and s_decay pulls the harder the larger the scale. "
-            "Remedy: pass lr=1.0."
+            'Remedy: pass lr=1.0, or s_init="auto".'
         )
     notes.append(f"One seed and one split of the data; one test image is {100 / len(data.test_y):.1f} points.")
     return notes
@@ -173,17 +180,18 @@ def base_lrs(runs: list[Run]) -> str:
     return f"{', '.join(f'{run.base_lr:.0e}' for run in runs) or 'none'} ({len(runs)} of {len(BASE_LRS)})"
 
 
-def draw(plain: list[Run], mechanized: list[Run], path: Path) -> None:
+def draw(plain: list[Run], mechanized: list[Run], auto: list[Run], path: Path) -> None:
     """Draw accuracy against base learning rate; line style and marker tell the curves apart without colour."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    blue, orange = "#0072B2", "#D55E00"  # from the palette of Okabe and Ito
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # from the palette of Okabe and Ito
     styles = (
+        (auto, 'mechanized AdamW, s_init="auto"', {"color": green, "linestyle": "-.", "linewidth": 3, "marker": "^"}),
         (mechanized, "mechanized AdamW", {"color": blue, "linestyle": "-", "linewidth": 3, "marker": "o"}),
         (plain, "plain AdamW", {"color": orange, "linestyle": "--", "marker": "s", "markerfacecolor": "none"}),
     )
     for runs, label, style in styles:
         axes.plot([r.base_lr for r in runs], [r.accuracy for r in runs], label=label, markersize=9, **style)
-    broken = [run for run in (*plain, *mechanized) if not run.finite]
+    broken = [run for run in (*plain, *mechanized, *auto) if not run.finite]
     if broken:
         points = [r.base_lr for r in broken], [r.accuracy for r in broken]
         axes.plot(*points, "kx", markersize=9, label="loss not finite")
@@ -207,11 +215,11 @@ def main() -> None:
     torch.set_num_threads(1)  # a network this small is slower on more
     console = Console(highlight=False)
     data = load_data()
-    plain, mechanized = train_all(data, args.epochs, console)
-    console.print(make_table(plain, mechanized, args.epochs))
-    for note in make_notes(plain, mechanized, data):
+    runs = train_all(data, args.epochs, console)
+    console.print(make_table(*runs, args.epochs))
+    for note in make_notes(*runs, data):
         console.print(f"- {note}")
-    draw(plain, mechanized, args.output)
+    draw(*runs, args.output)
     console.print(f"Picture: {args.output.resolve()}", markup=False, soft_wrap=True)
 
 
