@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
 import oracle
@@ -155,6 +156,37 @@ def test_a_resumed_run_is_the_same(cut):
     assert_identical(
         [list(other.parameters()), resumed.state_dict()], [list(model.parameters()), optimizer.state_dict()]
     )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_resumed_through_distributed_checkpoint_is_the_same(full):
+    """It makes state by a step of zero gradients at lr 0, which must not be taken for the start."""
+    options = StateDictOptions(full_state_dict=full)
+    model, other = mlp(), mlp(seed=1)
+    optimizer, resumed = (auto("AdamW_fused", m.parameters()) for m in (model, other))
+    train(model, optimizer, 5)
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    train(model, optimizer, 5, first=5)
+    set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
+    train(other, resumed, 5, first=5)
+    assert_identical([*other.parameters()], [*model.parameters()])
+    assert resumed.learned_lr() == optimizer.learned_lr()
+
+
+def test_scaled_gradients_make_the_same_start():
+    runs = []
+    for init_scale in (1.0, 2.0**16):
+        model = mlp()
+        optimizer = auto("AdamW_fused", model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        for t in range(20):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, t)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert optimizer.scale > 0
+        runs.append([*model.parameters()])
+    assert_identical(*runs)
 
 
 def test_a_tensor_lr_is_the_same():
