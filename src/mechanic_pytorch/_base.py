@@ -87,7 +87,9 @@ def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def skips_by_itself(optimizer: Optimizer) -> bool:
     """Tell whether the base looks at `found_inf`, the tensor by which a `GradScaler` asks it not to step."""
-    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    base = type(optimizer)._mechanic_made_from[1]  # type: ignore[attr-defined]
+    # A pickle or deepcopy of torch's own has lost the flag.
+    supports = getattr(optimizer, "_step_supports_amp_scaling", base.__module__.startswith("torch.optim."))
     return supports and all(group.get("fused") for group in optimizer.param_groups)
 
 

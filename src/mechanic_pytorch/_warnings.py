@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import Tensor
-
 from mechanic_pytorch._base import lrs
 from mechanic_pytorch._buckets import Bucket
 
@@ -15,14 +13,14 @@ LOST = 0.9  # the part of an update whose loss is worth a warning
 STUCK = 50  # skipped steps in a row
 
 
-def check_that_base_moved(optimizer: Any, buckets: list[Bucket], before: list[list[Tensor]]) -> None:
-    """Warn if rounding swallows the base's first update. Asked until one was due, and then never again."""
+def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
+    """Warn if rounding has swallowed the base's first update. Asked until one was due, and then never again."""
     highest = max(lrs(optimizer))
     if highest == 0:
         return  # warm-up from zero
     moved = active = 0
-    for bucket, copies in zip(buckets, before, strict=True):
-        moved += sum(int((x != old).sum()) for x, old in zip(bucket.params, copies, strict=True))
+    for bucket in buckets:
+        moved += sum(int(delta.count_nonzero()) for delta in bucket.deltas)
         active += sum(int(g.count_nonzero()) for g in bucket.grads)
     if active == 0:
         return  # nothing to follow

@@ -186,8 +186,7 @@ class Mechanic(Optimizer):
             check_agreement(type(self).__name__, {**config.shared(), "dtype": old.scales.dtype}, spreads)
             self._options_compared = True
         asks, base_skips = _base.can_ask_host(), _base.skips_by_itself(self)
-        known = base_skips and (self._base_has_moved or not asks)
-        rules = _fused.rules_of(self, buckets) if known else None
+        rules = _fused.rules_of(self, buckets) if base_skips else None
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
@@ -220,11 +219,11 @@ class Mechanic(Optimizer):
                 undone = _buckets.undone_where(skip if we_skip and not asks else None, self, buckets, before)
                 with undone, _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
                     loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
-                if asks and not self._base_has_moved and not skip.item():
-                    _warnings.check_that_base_moved(self, buckets, before)
                 for bucket, starts in zip(buckets, before, strict=True):
                     converted = (scale.to(bucket.deltas[0]) for scale in scales)
                     bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
+        if asks and not self._base_has_moved and not skip.item():
+            _warnings.check_that_base_moved(self, buckets)
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)

@@ -23,7 +23,7 @@ belongs to a value that somebody has since overwritten, and counts as zero.
 
 A kernel may also have `step_and_move(rule, params, grads, deltas, compensations, old_scale, new_scale)`, which makes
 the step of a base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`, which
-tells whether it can for these tensors. The result is that of the base's step followed by `move`.
+tells whether it can for these tensors. The result is that of the base's step followed by `move`, but for rounding.
 
 `for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
 """

@@ -1,7 +1,7 @@
 """The same functions for CPUs, block by block: what one operation has read is still in the cache for the next.
 
 A block is a slice of a large tensor, or a pack: some small tensors, copied side by side. The base's own step can run on
-blocks, too (`step_and_move`): on a copy of a block, which is all that is ever copied.
+blocks, too (`step_and_move`), where it makes the update of a block in a buffer of that size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,20 +71,24 @@ def step_and_move(
     """Make the base's step and rescale it, in place."""
     lists = [params, grads, deltas, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
-    change = new_scale - old_scale
+    shrink, rest = rule.without_decay()
     for indices, *parts in _blocks(*lists, *rule.states):
-        (xs, gs, *ours), states = parts[:n], parts[n:]
-        if isinstance(xs, Tensor):
-            start, after = xs, scratch[: len(xs)].copy_(xs)
-            rule.apply([after], [gs], [[state] for state in states], indices)
-        else:
-            start = _packed(xs)
+        (xs, gs, *ours), states = parts[:n], [_tensors(part) for part in parts[n:]]
+        if compensations is not None:
+            start = _line(xs)
             after = start.clone()
-            rule.apply(_unpacked(after, xs), gs, states, indices)
-        if isinstance(xs, Tensor) and compensations is None:
-            _move_slice(after.sub_(start), start, ours[0], change, new_scale, out=start)
-        else:
+            rule.apply(_unpacked(after, _tensors(xs)), _tensors(gs), states, indices)
             _move_pack(after, start, xs, *ours, old_scale=old_scale, new_scale=new_scale)
+            continue
+        factor = 1.0 if shrink is None else -shrink
+        line = torch.mul(xs, factor, out=scratch[: len(xs)]) if isinstance(xs, Tensor) else _packed(xs).mul_(factor)
+        xs, gs, ds = _tensors(xs), _tensors(gs), _tensors(ours[0])
+        updates = _unpacked(line, xs)
+        rest.apply(updates, gs, states, indices)
+        if shrink is None:
+            torch._foreach_sub_(updates, xs)
+        _sgd(xs, updates, ds, lr=old_scale - new_scale)
+        _sgd(xs, updates, (), lr=-old_scale)
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
@@ -92,6 +96,12 @@ def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
     if all([t.is_contiguous() for tensors in (params, *others) for t in tensors]):  # noqa: C419  # see _aligned
         return True
     return all(_aligned(tensors) is not None for tensors in zip(params, *others, strict=True))
+
+
+def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tensor, ...], lr: Tensor) -> None:
+    """Make delta += update and x -= lr * delta in one pass over all; without deltas, x -= lr * update."""
+    options = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
+    torch._fused_sgd_(xs, updates, deltas, lr=lr, momentum=1.0 if deltas else 0.0, **options)  # type: ignore[call-overload]
 
 
 def _move_slice(update: Tensor, start: Tensor, delta: Tensor, change: Tensor, new_scale: Tensor, out: Tensor) -> None:
@@ -161,6 +171,10 @@ def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
     return tensors if all(t.is_contiguous() for t in tensors) else None
 
 
+def _tensors(part: Part) -> tuple[Tensor, ...]:
+    return (part,) if isinstance(part, Tensor) else part
+
+
 def _copy(to: Part, part: Part) -> None:
     if isinstance(to, Tensor):
         to.copy_(cast("Tensor", part))
@@ -178,6 +192,6 @@ def _packed(tensors: tuple[Tensor, ...]) -> Tensor:
     return line.clone() if len(tensors) == 1 else line  # of one tensor, torch returns a view
 
 
-def _unpacked(line: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _unpacked(line: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the places in a line where `_packed` put each tensor, in its shape."""
     return _unflatten_dense_tensors(line, tensors)  # type: ignore[no-any-return,no-untyped-call]

@@ -1,8 +1,11 @@
 """A base optimizer's rule, for kernels that make its step themselves instead of after it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +34,17 @@ class Rule(NamedTuple):
         """Step parts of the parameters that have these indices, in place."""
         steps = [[self.steps[i] for i in indices]] if self.steps else []
         self.function(params, grads, *states, *[[]] * self.absent, *steps, **self.options)
+
+    def without_decay(self) -> tuple[float | Tensor | None, Rule]:
+        """Return by what part of themselves the weights shrink in a step, and a rule that does not look at weights.
+
+        Where decay enters through the gradient there is none, and the rule is this one.
+        """
+        lr, weight_decay, found_inf = self.options["lr"], self.options["weight_decay"], self.options.get("found_inf")
+        rest = self._replace(options={**self.options, "weight_decay": 0.0})
+        if not weight_decay:
+            return 0.0, rest
+        if self.function is not torch._fused_adamw_:
+            return None, self
+        lr = lr.double() if isinstance(lr, Tensor) else lr
+        return lr * weight_decay * (1.0 if found_inf is None else 1.0 - found_inf.double()), rest
