@@ -150,6 +150,7 @@ def test_any_cut_into_blocks_is_the_same(sizes, small, more):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels.blocks, "BLOCK", cut[0])
             patch.setattr(kernels.blocks, "SMALL", cut[1])
+            patch.setattr(kernels.blocks, "SMALL_STEP", cut[1])
             patch.setattr(kernels.blocks, "PACK", cut[0])
             patch.setattr(kernels.blocks, "ALIGN", 1)
             train(params, optimizer, 4)

@@ -2,7 +2,7 @@
 
 A kernel that can (`step_and_move`) makes their step by itself, on the base's own state, and moves in the same pass, so
 that no copy of the weights is made. The result is that of the base's `step` followed by `move`, but for rounding. Which
-of the two a step takes depends on nothing that a checkpoint would not hold, so that a resumed run is the same to the bit.
+of the two a step takes depends on nothing that a checkpoint does not hold: a resumed run is the same to the bit.
 """
 
 from __future__ import annotations

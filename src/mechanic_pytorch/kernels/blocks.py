@@ -19,6 +19,7 @@ Part: TypeAlias = Tensor | tuple[Tensor, ...]  # what a block has of one list: a
 BLOCK = 2**19  # numbers: some arrays of that size fit a cache, and it hides what a call costs
 ALIGN = 2**6  # a cut at multiples of this many numbers leaves it to the same instructions what becomes of each
 SMALL = 2**13  # tensors of less are cheaper to copy side by side than to treat one by one
+SMALL_STEP = 2**16  # the same where copies of the weights alone are made, which are needed anyway
 PACK = 2**17  # until there are so many numbers: the memory of larger copies goes back to the system, again and again
 
 
@@ -32,7 +33,7 @@ def measure(
     dtype = deltas[0].dtype
     converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _aligned
     sums = []
-    for _, xs, gs, ds, *copied in _blocks(params, grads, deltas, *([] if copies is None else [copies])):
+    for _, xs, gs, ds, *copied in _blocks(params, grads, deltas, *([] if copies is None else [copies]), small=SMALL):
         x, g, delta = _line(xs), _line(gs), _line(ds)
         if copied:
             _copy(copied[0], xs)
@@ -52,7 +53,8 @@ def move(
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
     change = new_scale - old_scale
-    for _, xs, starts, *ours in _blocks(params, before, deltas, *([] if compensations is None else [compensations])):
+    lists = [params, before, deltas, *([] if compensations is None else [compensations])]
+    for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
             _move_slice(xs - starts, starts, ours[0], change, new_scale, out=xs)
         else:
@@ -72,7 +74,7 @@ def step_and_move(
     lists = [params, grads, deltas, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
     shrink, rest = rule.without_decay()
-    for indices, *parts in _blocks(*lists, *rule.states):
+    for indices, *parts in _blocks(*lists, *rule.states, small=SMALL_STEP if compensations is None else SMALL):
         (xs, gs, *ours), states = parts[:n], [_tensors(part) for part in parts[n:]]
         if compensations is not None:
             start = _line(xs)
@@ -136,14 +138,14 @@ def _move_pack(
     torch._foreach_copy_(xs, pieces)
 
 
-def _blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
-    """Yield indices into the lists and, for each list, the corresponding part of its tensors."""
+def _blocks(*lists: Sequence[Tensor], small: int) -> Iterator[tuple[Any, ...]]:
+    """Yield indices into the lists and, for each list, the corresponding part of its tensors; packs of `small` ones."""
     pack: list[tuple[Any, ...]] = []
     size = 0
     for i, tensors in enumerate(zip(*lists, strict=True)):
         n = tensors[0].numel()
         aligned = _aligned(tensors)
-        if n >= SMALL and aligned is not None:
+        if n >= small and aligned is not None:
             lines = [t.view(-1) for t in aligned]
             if n > BLOCK:
                 length = -(-n // -(-n // BLOCK) // ALIGN) * ALIGN
