@@ -35,7 +35,7 @@ class Oracle:
 
 
 class AutoOracle:
-    """`s_init="auto"`: Algorithm 1 on c * delta, with a relative s_init and eps in units of |g| |x|.
+    """`s_init="auto"`: Algorithm 1 on c * delta, with a relative s_init, eps in units of |g| |x|, and losses halved.
 
     The units are really changed here: what the tuner remembers is rescaled whenever c is.
     """
@@ -68,7 +68,8 @@ class AutoOracle:
             h = sum(np.sum(self.c * di * gi) for di, gi in zip(self.delta, decayed, strict=True))
             self.m = np.maximum(self.beta * self.m, abs(h))
             self.v = self.beta**2 * self.v + h**2
-            self.r = np.maximum(0, self.beta * self.r - self.s * h)
+            loss = self.s * h
+            self.r = np.maximum(0, self.beta * self.r - np.where(loss > 0, loss / 2, loss))
             wealth = self.s_init / len(self.beta) * self.m + self.r
             self.s = wealth / (np.sqrt(self.v) + self.eps * self.eps_unit)
         self.delta = [di + ui for di, ui in zip(self.delta, self.base(self.x, g), strict=True)]

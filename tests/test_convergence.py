@@ -25,6 +25,8 @@ from benchmarks.convergence import __main__ as program
 from benchmarks.convergence import data, methods, plan, report, tasks
 from benchmarks.convergence.results import IDENTITY, Results, key
 
+from mechanic_pytorch import _start
+
 METHODS = ["--methods", "grid", "ours", "ours-auto", "plain@learned"]
 
 
@@ -254,6 +256,16 @@ def test_the_learned_rate_is_that_of_the_same_seed(task, tmp_path):
         assert by_name["plain@learned", seed]["lr"] == by_name["ours-auto", seed]["peak lr"] > 0
         assert by_name["plain@learned", seed]["peak lr"] == pytest.approx(by_name["ours-auto", seed]["peak lr"])
         assert len(by_name["ours", seed]["lr over time"]) == 20
+
+
+def test_the_ablation_changes_the_constants_of_its_own_job_alone(task, tmp_path):
+    losses = {}
+    for method in ("ours-auto", *methods.ABLATION, "ours-auto"):
+        line = methods.execute(methods.Job(task, method, 0, "quick"), None, tmp_path, 1)
+        assert losses.setdefault(method, line["loss"]) == line["loss"], method
+    same = f"ablation@{_start.RELATIVE:g},{_start.PENALTY:g}"
+    assert losses[same] == losses["ours-auto"]
+    assert len(set(losses.values())) == 3  # first scales; in so short a run nothing has been lost yet
 
 
 def test_schedules():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechanic_pytorch._config import Config
+from mechanic_pytorch._start import Numbers
 from mechanic_pytorch._state import TunerState
 from mechanic_pytorch.mechanic import tune
 from oracle import Oracle
@@ -52,6 +53,14 @@ def test_the_unit_of_the_objective_does_not_matter(hs, exponent):
     config = Config(eps=0.0)
     for a, b in zip(run(config, hs), run(config, [math.ldexp(h, exponent) for h in hs]), strict=True):
         assert torch.equal(a.scales, b.scales)
+
+
+@given(products, st.floats(0.0, 1.0))
+def test_a_smaller_penalty_gives_no_smaller_scale(hs, penalty):
+    config = Config()
+    lenient = Numbers(config.betas, config.s_decay, config.s_init, config.eps, penalty)
+    for state, h in zip(run(config, hs), hs, strict=False):
+        assert (tune(state, dots(h), lenient).scales >= tune(state, dots(h), config).scales).all()
 
 
 @given(products)

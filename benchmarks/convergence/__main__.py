@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import data, plan, report
-from .methods import METHODS, Job, execute, matching
+from .methods import ABLATION, METHODS, Job, execute, matching
 from .results import Results, key
 from .tasks import PROFILES, TASKS, Task
 
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m benchmarks.convergence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    names = f"methods: {' '.join(METHODS)}\ntasks: {' '.join(TASKS)}\nBoth may be patterns, such as 'linear-*'."
+    names = (
+        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(ABLATION)}\ntasks: {' '.join(TASKS)}\n"
+        "Both may be patterns, such as 'linear-*'."
+    )
     formatter = argparse.RawDescriptionHelpFormatter
     runner = commands.add_parser("run", help="train what has no result yet", epilog=names, formatter_class=formatter)
     runner.add_argument("--tasks", nargs="*", metavar="NAME", help="all of the profile if not given")
@@ -70,7 +73,8 @@ def chosen(profile: str, patterns: Sequence[str] | None) -> list[Task]:
 def run(options: argparse.Namespace) -> int:
     """Run all jobs that have no result, those that follow from results too; return 1 if any failed."""
     results, profile = Results(options.results), options.profile
-    tasks, methods = chosen(profile, options.tasks), matching(METHODS, options.methods)
+    tasks = chosen(profile, options.tasks)
+    methods = matching((*METHODS, *ABLATION), options.methods) if options.methods else METHODS
     seeds = SEEDS[profile] if options.seeds is None else options.seeds
     for task in tasks:
         task.prepare()  # here, lest all workers download at once

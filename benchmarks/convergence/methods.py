@@ -1,16 +1,19 @@
 """What is compared: the plain base at many learning rates, ours, and the peers; and how one job trains.
 
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
-`ours-auto` has found, `ours@1e-04` ours at that base learning rate.
+`ours-auto` has found, `ours@1e-04` ours at that base learning rate. `ablation@0.001,0.5` is `ours-auto` with another
+first scale and another penalty, the two constants of `_start.py`; these run only if they are asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 import platform
 import time
 import traceback
+import unittest.mock
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import _start, mechanize
 
 from .tasks import Run, Task
 
@@ -42,6 +45,19 @@ FIXED = (
     "schedule-free",
     "adamw@1e-3",
 )
+ABLATION = {
+    f"ablation@{relative:g},{penalty:g}": (relative, penalty)
+    for relative, penalty in [
+        (1e-4, 1),
+        (1e-3, 1),
+        (1e-2, 1),
+        (1e-4, 0.5),
+        (1e-3, 0.5),
+        (1e-2, 0.5),
+        (1e-3, 0.7),
+        (1e-3, 0.3),
+    ]
+}
 METHODS = (GRID, *FIXED, LEARNED)
 POINTS = 20  # of the effective learning rate over time that are kept
 BASES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
@@ -111,6 +127,8 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
         return base(params, lr=10.0 ** (k / 2), **options)
     if method == LEARNED:
         return base(params, lr=lr, **options)
+    if method in ABLATION:
+        return build(TEACHER, task, model, lr, peers)
     name, _, number = method.partition("@")
     if name in ("ours", "ours-auto"):
         start = {"s_init": "auto"} if name == "ours-auto" else {}
@@ -185,12 +203,20 @@ def switch(optimizer: Any, mode: str) -> None:
     getattr(optimizer, mode, lambda: None)()
 
 
+def constants(method: str) -> Any:
+    """Return a context in which the constants of `_start.py` are those of a method of the ablation."""
+    if method not in ABLATION:
+        return contextlib.nullcontext()
+    relative, penalty = ABLATION[method]
+    return unittest.mock.patch.multiple(_start, RELATIVE=relative, PENALTY=penalty)
+
+
 def execute(job: Job, lr: float | None, peers: Path, threads: int) -> dict[str, Any]:
     """Run a job in a worker. Return its line for the results file, which names the error if it has failed."""
     torch.set_num_threads(threads)
     line = {**job.identity, "lr": lr, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "python": platform.python_version()}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), constants(job.method):
             warnings.simplefilter("ignore")
             return line | train(job, lr, peers)
     except (Exception, SystemExit) as error:  # benchmarks.start ends the program if there is no 0.0.1

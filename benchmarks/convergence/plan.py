@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from .methods import CENTRE, FIXED, FURTHEST, GRID, LEARNED, REACH, TEACHER, Job, finite, grid_name
+from .methods import ABLATION, CENTRE, FIXED, FURTHEST, GRID, LEARNED, REACH, TEACHER, Job, finite, grid_name
 from .results import key
 from .tasks import Task
 
@@ -65,7 +65,9 @@ def jobs(
                 k: seed_average([result(grid_name(k), seed) for seed in seeds]) for k in range(-FURTHEST, FURTHEST + 1)
             }
             wanted += [(Job(task, grid_name(k), s, profile), None) for k in grid(task, profile, losses) for s in seeds]
-        wanted += [(Job(task, method, s, profile), None) for method in FIXED if method in methods for s in seeds]
+        wanted += [
+            (Job(task, method, s, profile), None) for method in (*FIXED, *ABLATION) if method in methods for s in seeds
+        ]
         if LEARNED in methods:
             for seed in seeds:
                 teacher = result(TEACHER, seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .methods import CENTRE, FIXED, LEARNED, TEACHER, finite, grid_name, grid_point
+from .methods import ABLATION, CENTRE, FIXED, LEARNED, TEACHER, finite, grid_name, grid_point
 from .plan import FLOOR, best_point
 from .results import Results, key
 from .tasks import PUBLISHED, TASKS, Task
@@ -155,6 +155,7 @@ def compose(lines: Sequence[dict[str, Any]], profile: str) -> tuple[str, list[Ta
             for title, part in summaries
             if part and (part != tables or title == "all tasks")
         ],
+        *ablation(tables),
         *[section(table) for table in tables],
         *published(tables, profile),
     ]
@@ -224,6 +225,24 @@ def summary(tables: list[TaskResults]) -> str:
         "test loss / tuned", "largest / smallest loss of seeds",
     ]  # fmt: skip
     return _table(head, rows) if rows else "No method has results beside a grid."
+
+
+def ablation(tables: list[TaskResults]) -> list[str]:
+    """Return losses for other constants of the start: on half of the tasks to choose by, on the rest to confirm."""
+    names = list(TASKS)
+    halves = [[table for table in tables if names.index(table.task.name) % 2 == half] for half in (0, 1)]
+    rows = []
+    for method, constants in ABLATION.items():
+        row = [f"{constant:g}" for constant in constants]
+        for half in halves:
+            ratios = {table.task.name: ratio for table in half if (ratio := table.ratio(method)) is not None}
+            worst = max(ratios, key=lambda name: ratios[name], default="")
+            row += [str(len(ratios)), _number(_geometric(ratios.values())) if ratios else ""]
+            row += [f"{_number(ratios[worst])} ({worst})" if ratios else ""]
+        rows += [row] if row[2] != "0" or row[5] != "0" else []
+    head = ["first scale / c", "penalty", *["tasks", "loss / tuned, geometric mean", "worst"] * 2]
+    about = f"First to choose by: {', '.join(names[::2])}. Then to confirm: {', '.join(names[1::2])}."
+    return [f'## The constants of `s_init="auto"`\n\n{_table(head, rows)}\n\n{about}'] if rows else []
 
 
 def section(table: TaskResults) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 
@@ -35,6 +35,8 @@ class Config:
     log_every: int = 0
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = field(default=None, hash=False)
+
+    penalty: ClassVar[float] = 1.0  # Algorithm 1 has no other; `_start.py` has
 
     def __post_init__(self) -> None:
         # Numbers become plain floats so that equal options always give the same (cached) class.

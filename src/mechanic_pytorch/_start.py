@@ -1,4 +1,4 @@
-r"""`s_init="auto"`: a start that knows no units.
+r"""`s_init="auto"`: a start that knows no units, and a tuner that looks less at the moment.
 
 Three options are numbers with a unit. `s_init` is a scale, so it is compared with x / delta; `eps` is compared with h,
 which is an update times a gradient; `s_decay` weighs x / delta against 1. Multiply all updates of the base by a
@@ -18,6 +18,14 @@ much: c is that of the first update, rescaled to the largest lr so far.
 
 x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
 not zero, there is no c, and no scale.
+
+The other difference from Algorithm 1 is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by
+the scale having been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take
+that noise out of the weights by itself later on; so the scale that pays best at each moment is too small for the end.
+A step that lost therefore counts half. How far this can go: the scale settles where gains are half of losses, which
+for normally distributed h is where its mean is 0.28 of its standard deviation instead of 0. h is one number, so
+that is the noise of the gradient in one direction. docs/convergence.md has the measurements from which both numbers,
+1e-4 and one half, were chosen.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from mechanic_pytorch._state import UNIT
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
 RELATIVE = 1e-4  # the first scale, relative to c
+PENALTY = 0.5  # what a step that lost counts, against one that gained
 
 
 class Numbers(NamedTuple):
@@ -43,6 +52,7 @@ class Numbers(NamedTuple):
     s_decay: float | Tensor
     s_init: float | Tensor
     eps: float | Tensor
+    penalty: float
 
 
 def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], dots: Tensor) -> tuple[Tensor, Numbers]:
@@ -82,4 +92,4 @@ def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor)
     """Return the options that apply to delta itself."""
     length, product, highest = unit.unbind()
     c = torch.where(length > 0, length / highest, 1.0)
-    return Numbers(betas, s_decay / c, RELATIVE * c, eps * product / c)
+    return Numbers(betas, s_decay / c, RELATIVE * c, eps * product / c, PENALTY)

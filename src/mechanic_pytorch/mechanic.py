@@ -8,7 +8,7 @@ s have n entries and start at 0. One step:
     h     = <delta, g + s_decay * sum(s) * |g| * x / |x|>        measure: everything at x, before the base moves
     m     = max(beta * m, |h|)                                   tune
     v     = beta^2 * v + h^2
-    r     = max(0, beta * r - s * h)
+    r     = max(0, beta * r + max(-s * h, penalty * -s * h))        penalty = 1
     s     = ((s_init / n) * m + r) / (sqrt(v) + eps)
     delta = delta + u                                            base step, then move
     x     = x_ref + sum(s) * delta
@@ -16,8 +16,8 @@ s have n entries and start at 0. One step:
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
 never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
-between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was (`_start.py`). The
-file `docs/deviations.md` lists where this differs from other implementations, and why.
+between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was, and the penalty is
+less than 1 (`_start.py`). The file `docs/deviations.md` lists where this differs from other implementations, and why.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def mechanize(
         s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
             costs a few steps, too large may diverge. "auto" measures the first update and starts relative to it, and
             takes s_decay and eps in the same unit: the run is then the same for every base lr, up to rounding, and
-            begins sooner (`_start.py` has the formula).
+            begins sooner. It also counts what the scale loses half, which is not in the paper, for a scale that is
+            not too small under a schedule that decays (`_start.py` has the formulas).
         eps: added to sqrt(v), in units of h (update times gradient).
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
@@ -352,7 +353,7 @@ def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerStat
     Args:
         state: the vectors m, v, r, s, shape (n,) each.
         dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (4,), before the base's step.
-        config: s_decay, betas, s_init, eps.
+        config: s_decay, betas, s_init, eps, penalty.
 
     Returns:
         The next state, in the dtype and on the device of the old one, which is not changed.
@@ -374,7 +375,8 @@ def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerStat
     h = delta_g + config.s_decay * s.sum() * g_squared.sqrt() * (delta_x / x_norm)
     m = torch.maximum(beta * m, h.abs())
     v = beta.square() * v + h.square()
-    r = (beta * r - s * h).clamp_min(0.0)
+    reward = -s * h
+    r = (beta * r + torch.maximum(reward, config.penalty * reward)).clamp_min(0.0)
     wealth = config.s_init / len(config.betas) * m + r  # type: ignore[operator]  # "auto" has become a number
     s = (wealth / (v.sqrt() + config.eps)).masked_fill(wealth == 0, 0.0)
     return TunerState(m, v, r, s)
