@@ -1,0 +1,137 @@
+"""Where the tuner goes wrong by its nature, and what helps: strong weight decay, and schedule-free bases.
+
+    python benchmarks/bad_cases.py
+
+Weight decay: AdamW on a linear regression, 256 x 10, noise 0.1, batches of 32, 2000 steps, cosine. Decay holds the
+weights short of the optimum, so stretching them from where they started pays at every step, and stretching is all that
+a larger scale does to <delta, g>; but a larger scale makes the decay stronger, too, and so on.
+
+Schedule-free: AdamW's on scikit-learn's handwritten digits, a 64-32-10 network, batches of 64, 1000 steps. The weights
+under the gradient are an average of the iterates, which answers to the scale late and little.
+
+Prints two Markdown tables: medians over three seeds of weights and batches, with the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytorch_optimizer as po
+import torch
+from rich.progress import track
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mechanic_pytorch import is_mechanized, mechanize
+
+SEEDS = range(3)
+DECAYS = (0.0, 0.01, 0.1, 1.0)
+GRID = [10 ** (k / 2) for k in range(-7, 2)]
+OURS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    '`s_init="auto"`': {"s_init": "auto"},
+    '`s_init="auto", s_decay=1.0`': {"s_init": "auto", "s_decay": 1.0},
+    '`s_init="auto", s_decay=10.0`': {"s_init": "auto", "s_decay": 10.0},
+}
+Run = tuple[float, float]  # final loss, largest effective lr
+Make = Callable[[Any], Any]
+
+
+def train(
+    model: nn.Module, data: tuple[Tensor, Tensor], loss: Any, make: Make, steps: int, batch: int, cosine: bool
+) -> Run:
+    """Train once; return the loss over all the data and the largest effective learning rate."""
+    x, y = data
+    optimizer = make(model.parameters())
+    inner = getattr(optimizer, "optimizer", optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        inner, lambda t: (1 + math.cos(math.pi * t / steps)) / 2 if cosine else 1.0
+    )
+    getattr(optimizer, "train", lambda: None)()
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (batch,))
+        optimizer.zero_grad()
+        loss(model(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+        schedule.step()
+    getattr(optimizer, "eval", lambda: None)()
+    rate = inner.learned_lr()[0] if is_mechanized(inner) else float(inner.param_groups[0].get("initial_lr", math.nan))
+    with torch.no_grad():
+        return float(loss(model(x), y)), rate
+
+
+def regression(make: Make, seed: int) -> Run:
+    """Fit a plane."""
+    torch.manual_seed(0)
+    x, plane = torch.randn(256, 10), torch.randn(10, 1)
+    data = x, x @ plane + 0.1 * torch.randn(256, 1)
+    torch.manual_seed(seed)
+    return train(nn.Linear(10, 1), data, F.mse_loss, make, steps=2000, batch=32, cosine=True)
+
+
+def digits(make: Make, seed: int) -> Run:
+    """Read handwritten digits."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    data = (images / 16).float(), labels
+    return train(model, data, F.cross_entropy, make, steps=1000, batch=64, cosine=False)
+
+
+def over_seeds(problem: Callable[[Make, int], Run], make: Make) -> list[Run]:
+    """Return a run for each seed."""
+    return [problem(make, seed) for seed in SEEDS]
+
+
+def tuned(problem: Callable[[Make, int], Run], make: Callable[[Any, float], Any]) -> list[Run]:
+    """Return the runs at the learning rate of the grid whose median loss is least."""
+
+    def loss(runs: list[Run]) -> float:
+        return median(run[0] if math.isfinite(run[0]) else math.inf for run in runs)
+
+    return min((over_seeds(problem, lambda params, lr=lr: make(params, lr)) for lr in GRID), key=loss)
+
+
+def row(*names: str, runs: list[Run]) -> str:
+    """Return a row of a table."""
+    losses, rates = zip(*runs, strict=True)
+    spread = f"{median(losses):.3g} ({min(losses):.3g} to {max(losses):.3g})"
+    return f"| {' | '.join(names)} | {spread} | {median(rates):.2g} |"
+
+
+def main() -> None:
+    """Print both tables."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    adamw, rows = torch.optim.AdamW, []
+    for decay in track(DECAYS, "weight decay"):
+        runs = tuned(regression, lambda params, lr, decay=decay: adamw(params, lr=lr, weight_decay=decay))
+        rows.append(row(f"{decay:g}", "plain, tuned", runs=runs))
+        for name, options in OURS.items():
+            base = mechanize(adamw, **options)
+            runs = over_seeds(regression, lambda p, base=base, decay=decay: base(p, lr=1.0, weight_decay=decay))
+            rows.append(row(f"{decay:g}", name, runs=runs))
+    print("| weight decay | AdamW | final loss | largest effective lr |", "|---|---|---|---|", *rows, "", sep="\n")
+
+    free, auto = po.ScheduleFreeAdamW, mechanize(adamw, s_init="auto")
+    cases: dict[str, Make] = {
+        "mechanized": lambda p: mechanize(free)(p, lr=1.0),
+        'mechanized, `s_init="auto"`': lambda p: mechanize(free, s_init="auto")(p, lr=1.0),
+        '`ScheduleFreeWrapper` around mechanized AdamW, `s_init="auto"`': lambda p: po.ScheduleFreeWrapper(
+            auto(p, lr=1.0, betas=(0.0, 0.999))
+        ),
+    }
+    rows = [row("plain, tuned", runs=tuned(digits, lambda params, lr: free(params, lr=lr)))]
+    rows += [row(name, runs=over_seeds(digits, make)) for name, make in track(cases.items(), "schedule-free")]
+    print("| ScheduleFreeAdamW | final loss in `eval()` | largest effective lr |", "|---|---|---|", *rows, "", sep="\n")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread.")
+
+
+if __name__ == "__main__":
+    main()
