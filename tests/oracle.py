@@ -44,7 +44,7 @@ class AutoOracle:
         self.x_ref = [np.array(xi, dtype=np.float64) for xi in x]
         self.x = [xi.copy() for xi in self.x_ref]
         self.delta = [np.zeros_like(xi) for xi in self.x_ref]
-        self.base, self.s_decay, self.eps, self.s_init = base, s_decay, eps, 1e-4
+        self.base, self.s_decay, self.eps, self.s_init = base, s_decay, eps, 1e-3
         self.beta = np.array(betas, dtype=np.float64)
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
         self.c, self.highest_lr = None, 0.0

@@ -11,10 +11,14 @@ Let u be the base's first update, x and g the parameters and the gradient where 
 Running the tuner on c * delta, with s_init relative to that and eps in units of |g| * max(|x|, 1), gives the same
 run for every base lr, up to rounding. Written for delta itself, this is Algorithm 1 with
 
-    s_init = c * 1e-4,    s_decay = s_decay / c,    eps = eps * |g| * max(|x|, 1) / c
+    s_init = c * 1e-3,    s_decay = s_decay / c,    eps = eps * |g| * max(|x|, 1) / c
 
 which is what this file computes. Under a warm-up the first updates are small because lr is, and c would promise too
 much: c is that of the first update, rescaled to the largest lr so far.
+
+Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
+step therefore runs with every lr multiplied by one power of two, chosen before the first update such that the largest
+is near 1, and `scale` is given for the lr that the user sees. That is the run at another base lr, hence the same one.
 
 x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
 not zero, there is no c, and no scale.
@@ -25,23 +29,25 @@ that noise out of the weights by itself later on; so the scale that pays best at
 A step that lost therefore counts half. How far this can go: the scale settles where gains are half of losses, which
 for normally distributed h is where its mean is 0.28 of its standard deviation instead of 0. h is one number, so
 that is the noise of the gradient in one direction. docs/convergence.md has the measurements from which both numbers,
-1e-4 and one half, were chosen.
+1e-3 and one half, were chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mechanic_pytorch._base import can_ask_host, largest_lr
+from mechanic_pytorch._base import can_ask_host, largest_lr, lrs
 from mechanic_pytorch._buckets import Bucket
-from mechanic_pytorch._state import UNIT
+from mechanic_pytorch._state import DELTA, LR_FACTOR, UNIT
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
-RELATIVE = 1e-4  # the first scale, relative to c
+RELATIVE = 1e-3  # the first scale, relative to c
 PENALTY = 0.5  # what a step that lost counts, against one that gained
 
 
@@ -53,6 +59,38 @@ class Numbers(NamedTuple):
     s_init: float | Tensor
     eps: float | Tensor
     penalty: float
+
+
+def at_lr_near_one(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a step find every lr multiplied by one power of two, and put the user's back afterwards."""
+
+    @functools.wraps(step)
+    def run(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        factor = lr_factor(optimizer)
+        if factor == 1.0:
+            return step(optimizer, *args, **kwargs)
+        theirs = [(group, group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+        ours = [(group, lr * factor) for group, lr in theirs]
+        try:
+            for group, lr in ours:
+                group["lr"] = lr
+            return step(optimizer, *args, **kwargs)
+        finally:
+            for (group, before), (_, lr) in zip(theirs, ours, strict=True):
+                group["lr"] = before if group["lr"] is lr else group["lr"] / factor  # the base has set it
+
+    return run
+
+
+def lr_factor(optimizer: Any) -> float:
+    """Return the power of two by which lr is multiplied in a step, 1 without `s_init="auto"`."""
+    home = optimizer.param_groups[0]
+    if optimizer.mechanic_config.s_init != "auto":
+        return 1.0
+    if not optimizer._start_is_known and can_ask_host() and not any(DELTA in s for s in optimizer.state.values()):
+        highest = max(lrs(optimizer, "initial_lr"))
+        home[LR_FACTOR] = 2.0 ** -round(math.log2(highest)) if 0 < highest < math.inf else 1.0
+    return float(home.get(LR_FACTOR, 1.0))
 
 
 def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], dots: Tensor) -> tuple[Tensor, Numbers]:

@@ -26,6 +26,7 @@ from mechanic_pytorch.distributed import whole
 DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
 UNIT = "mechanic_unit"
+LR_FACTOR = "mechanic_lr_factor"
 PEAK_LR = "mechanic_peak_lr"
 STEPS = "mechanic_steps"
 SKIPPED_STEPS = "mechanic_skipped_steps"
@@ -57,7 +58,7 @@ def attach_tuner(optimizer: Optimizer, config: Config) -> None:
         home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
         home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
     if config.s_init == "auto" and UNIT not in home:
-        home[UNIT] = torch.zeros(3, device="cpu")
+        home[UNIT], home[LR_FACTOR] = torch.zeros(3, device="cpu"), 1.0
     if PEAK_LR not in home:
         home[PEAK_LR] = torch.zeros((), device="cpu")
 
@@ -86,7 +87,7 @@ def note(optimizer: Optimizer, skip: Tensor, *, unit: Tensor | None, effective_l
 
 def clear(optimizer: Optimizer, config: Config) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
-    for key in (*_TUNER_KEYS, UNIT, PEAK_LR, STEPS, SKIPPED_STEPS):
+    for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, PEAK_LR, STEPS, SKIPPED_STEPS):
         optimizer.param_groups[0].pop(key, None)
     for state in optimizer.state.values():
         for key in (DELTA, COMPENSATION):

@@ -152,6 +152,7 @@ class Mechanic(Optimizer):
     _options_compared = False
 
     @torch.no_grad()
+    @_start.at_lr_near_one
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Take one step of the base optimizer, rescaled.
 
@@ -236,7 +237,7 @@ class Mechanic(Optimizer):
     def scale(self) -> Tensor:
         """The learned scale, sum(s): a 0-d tensor on the parameters' device, once a step was made; 0 at first."""
         scales: Tensor = self.param_groups[0]["mechanic_scales"]
-        return scales.sum()
+        return scales.sum() * _start.lr_factor(self)
 
     @property
     def skipped_steps(self) -> int:
@@ -343,8 +344,9 @@ class Mechanic(Optimizer):
             return
         self._log_count = int(home[_state.STEPS]) if self._log_count is None else self._log_count + 1
         if self._log_count % config.log_every == 0:
-            log = _log if config.log_func is None else config.log_func
-            log({"iter_count": self._log_count, "s": float(self.scale)})
+            (_log if config.log_func is None else config.log_func)(
+                {"iter_count": self._log_count, "s": float(self.scale)}
+            )
 
 
 def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerState:
