@@ -56,7 +56,7 @@ class Run:
     """What one training run came to."""
 
     base_lr: float
-    peak_lr: float  # the largest effective learning rate; base_lr, for the plain optimizer
+    learned_lr: float  # base_lr, for the plain optimizer
     accuracy: float  # percent, on the test images
     finite: bool  # whether the loss was finite at every step
 
@@ -100,9 +100,8 @@ def train(
             optimizer.step()
             schedule.step()
         advance()
-    # The cosine ends at 0, and so does `optimizer.effective_lr()`; its largest value is what tells the runs apart.
-    peak_lr = optimizer.learned_lr()[0] if is_mechanized(optimizer) else base_lr
-    return Run(base_lr, peak_lr, accuracy_on_test(model, data), finite)
+    learned_lr = optimizer.learned_lr()[0] if is_mechanized(optimizer) else base_lr
+    return Run(base_lr, learned_lr, accuracy_on_test(model, data), finite)
 
 
 @torch.no_grad()
@@ -137,7 +136,9 @@ def make_table(plain: list[Run], mechanized: list[Run], auto: list[Run], epochs:
     for header in ("base lr", "plain AdamW", "mechanized", "learned lr", '"auto"', "learned lr"):
         table.add_column(header, justify="right")
     for p, m, a in zip(plain, mechanized, auto, strict=True):
-        table.add_row(f"{p.base_lr:.0e}", percent(p), percent(m), f"{m.peak_lr:.1e}", percent(a), f"{a.peak_lr:.1e}")
+        table.add_row(
+            f"{p.base_lr:.0e}", percent(p), percent(m), f"{m.learned_lr:.1e}", percent(a), f"{a.learned_lr:.1e}"
+        )
     return table
 
 
@@ -148,7 +149,7 @@ def make_notes(plain: list[Run], mechanized: list[Run], auto: list[Run], data: D
         [run for run in runs if run.accuracy >= best.accuracy - CLOSE] for runs in (plain, mechanized, auto)
     )
     notes = [
-        "Learned lr: the largest lr x learned scale of the run, with which plain AdamW would make steps of that size.",
+        "Learned lr: with this lr and the same schedule, the steps of plain AdamW would sum to the same.",
         f"The best plain AdamW has {percent(best)}, at base lr {best.base_lr:.0e}. Within {CLOSE:.0f} points of it: "
         f'plain AdamW at {base_lrs(good_plain)}; mechanized AdamW at {base_lrs(good)}; with s_init="auto" at '
         f"{base_lrs(good_auto)}.",
@@ -167,7 +168,7 @@ def make_notes(plain: list[Run], mechanized: list[Run], auto: list[Run], data: D
 def is_held_back(run: Run, good: list[Run]) -> bool:
     """Tell whether a mechanized run lies below all good ones, lr=1.0 among them, in its base lr and what it learned."""
     lr_one_is_good = any(other.base_lr == 1.0 for other in good)
-    return lr_one_is_good and all(run.base_lr < other.base_lr and run.peak_lr < other.peak_lr for other in good)
+    return lr_one_is_good and all(run.base_lr < other.base_lr and run.learned_lr < other.learned_lr for other in good)
 
 
 def percent(run: Run) -> str:

@@ -253,8 +253,8 @@ def test_the_learned_rate_is_that_of_the_same_seed(task, tmp_path):
     run(path)
     by_name = {(found["method"], found["seed"]): found for found in Results(path).lines()}
     for seed in (0, 1):
-        assert by_name["plain@learned", seed]["lr"] == by_name["ours-auto", seed]["peak lr"] > 0
-        assert by_name["plain@learned", seed]["peak lr"] == pytest.approx(by_name["ours-auto", seed]["peak lr"])
+        assert by_name["plain@learned", seed]["lr"] == by_name["ours-auto", seed]["learned lr"] > 0
+        assert by_name["plain@learned", seed]["peak lr"] == pytest.approx(by_name["ours-auto", seed]["learned lr"])
         assert len(by_name["ours", seed]["lr over time"]) == 20
 
 

@@ -1,4 +1,4 @@
-"""`learned_lr()`: the largest effective lr of a run."""
+"""`learned_lr()`: the lr at which the same schedule sums to the same."""
 
 import copy
 
@@ -16,22 +16,25 @@ def groups(model):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("tensor", [False, True])
-def test_it_is_the_largest_effective_lr_so_far(fused, tensor):
+@pytest.mark.parametrize("s_init", [1e-3, "auto"])
+def test_the_same_schedule_sums_to_the_same(fused, tensor, s_init):
     model = mlp(torch.float64)
-    lr = torch.tensor(1.0) if tensor else 1.0
-    optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(groups(model), lr=lr, fused=fused, foreach=False)
+    lr = torch.tensor(3.0, dtype=torch.float64) if tensor else 3.0
+    optimizer = mechanize(torch.optim.AdamW, s_init=s_init)(groups(model), lr=lr, fused=fused, foreach=False)
     schedule = CosineAnnealingLR(optimizer, 40)
-    seen = []
+    seen, factors = [], []
     for t in range(40):
         optimizer.zero_grad()
         loss_of(model, t).backward()
         optimizer.step()
         seen.append(optimizer.effective_lr())
+        factors.append(float(optimizer.param_groups[0]["lr"]) / 3.0)
         schedule.step()
-        peaks = [max(lrs) for lrs in zip(*seen, strict=True)]
-        assert optimizer.learned_lr() == pytest.approx(peaks, rel=1e-6)
-    assert seen[-1][0] < 0.1 * peaks[0], "lr has gone to 0, where nothing could be read off"
-    assert peaks[0] == pytest.approx(10 * peaks[1])
+        learned = optimizer.learned_lr()
+        for lr, effective in zip(learned, zip(*seen, strict=True), strict=True):
+            assert sum(lr * factor for factor in factors) == pytest.approx(sum(effective), rel=1e-6)
+    assert seen[-1][0] < 0.1 * learned[0], "lr has gone to 0, where nothing could be read off"
+    assert learned[0] == pytest.approx(30 * learned[1])
 
 
 def test_it_stays_over_a_resume_and_a_skipped_step_and_not_over_a_reset():

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mechanic_pytorch import _start, mechanize
+from mechanic_pytorch import _start, is_mechanized, mechanize
 
 from .tasks import Run, Task
 
@@ -195,7 +195,8 @@ def train(job: Job, lr: float | None, peers: Path) -> dict[str, Any]:
             for batch in run.batches[:50]:
                 run.loss(batch)
     result |= {"loss": run.final_loss(), "metric": run.metric(), "metric name": job.task.metric}
-    return result | {"peak lr": peak, "lr over time": points, "seconds": round(seconds, 3)}
+    learned = optimizer.learned_lr()[0] if is_mechanized(optimizer) else math.nan
+    return result | {"learned lr": learned, "peak lr": peak, "lr over time": points, "seconds": round(seconds, 3)}
 
 
 def switch(optimizer: Any, mode: str) -> None:

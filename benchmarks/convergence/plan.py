@@ -71,6 +71,6 @@ def jobs(
         if LEARNED in methods:
             for seed in seeds:
                 teacher = result(TEACHER, seed)
-                if teacher and 0 < finite(teacher["peak lr"]) < float("inf"):
-                    wanted.append((Job(task, LEARNED, seed, profile), teacher["peak lr"]))
+                if teacher and 0 < finite(teacher["learned lr"]) < float("inf"):
+                    wanted.append((Job(task, LEARNED, seed, profile), teacher["learned lr"]))
     return [(job, lr) for job, lr in wanted if key(job.identity) not in finished]

@@ -88,6 +88,11 @@ class TaskResults:
         values = [line.get(name) for line in self.lines.get(method, {}).values()]
         return fmean(values) if values and None not in values else None
 
+    def rate(self, method: str) -> float | None:
+        """Return the learning rate that a method has learned; the largest effective one if it does not say."""
+        learned = self.mean(method, "learned lr")
+        return self.mean(method, "peak lr") if learned is None else learned
+
     def _compare(self, method: str, average: Any, combine: Callable[[float, float], float]) -> float | None:
         ours, tuned = self.lines.get(method, {}), self.tuned()
         seeds = sorted(ours.keys() & tuned.keys())
@@ -260,12 +265,12 @@ def section(table: TaskResults) -> str:
                 f"{_number(min(losses))} to {_number(max(losses))}",
                 _number(table.ratio(method)),
                 _number(table.metric(method)),
-                _number(table.mean(method, "peak lr"), ".2g"),
+                _number(table.rate(method), ".2g"),
                 _number(table.mean(method, "seconds"), ".1f"),
             ]
         )
     title = f"{task.name}: {task.base}, {steps} steps of {task.batch}"
-    head = ["method", "loss", "of seeds", "/ tuned", task.metric, "peak lr", "seconds"]
+    head = ["method", "loss", "of seeds", "/ tuned", task.metric, "lr, learned or largest", "seconds"]
     return f"## {title}\n\n{_table(head, rows)}"
 
 
@@ -295,7 +300,7 @@ def loss_by_lr(tables: list[TaskResults]) -> Figure:
             axis.plot(rates, [fmean(values) for values in losses], "o-", color="0.3", markersize=3, label="plain")
             axis.fill_between(rates, [min(v) for v in losses], [max(v) for v in losses], color="0.3", alpha=0.2, lw=0)
         for method, color in COLORS.items():
-            loss, peak = table.loss(method), table.mean(method, "peak lr")
+            loss, peak = table.loss(method), table.rate(method)
             if loss is not None and math.isfinite(loss):
                 axis.axhline(_shown(loss), color=color, label=method, linewidth=1.2)
                 if peak:
@@ -304,7 +309,7 @@ def loss_by_lr(tables: list[TaskResults]) -> Figure:
         finite_losses = [v for values in losses for v in values if math.isfinite(v)]
         if finite_losses and max(finite_losses) > 1e3 * min(finite_losses):
             axis.set_ylim(top=min(max(finite_losses), 100 * median(finite_losses)))
-    return _finish(figure, axes, "learning rate (diamonds: peak learned)", "final training loss")
+    return _finish(figure, axes, "learning rate (diamonds: learned)", "final training loss")
 
 
 def relative_loss(tables: list[TaskResults]) -> Figure:

@@ -27,7 +27,7 @@ DELTA = "mechanic_delta"
 COMPENSATION = "mechanic_compensation"
 UNIT = "mechanic_unit"
 LR_FACTOR = "mechanic_lr_factor"
-PEAK_LR = "mechanic_peak_lr"
+LR_SUMS = "mechanic_lr_sums"
 STEPS = "mechanic_steps"
 SKIPPED_STEPS = "mechanic_skipped_steps"
 
@@ -59,8 +59,8 @@ def attach_tuner(optimizer: Optimizer, config: Config) -> None:
         home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
     if config.s_init == "auto" and UNIT not in home:
         home[UNIT], home[LR_FACTOR] = torch.zeros(3, device="cpu"), 1.0
-    if PEAK_LR not in home:
-        home[PEAK_LR] = torch.zeros((), device="cpu")
+    if LR_SUMS not in home:
+        home[LR_SUMS] = torch.zeros(3, device="cpu")
 
 
 def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
@@ -72,22 +72,31 @@ def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
         device, dtype = params[0].device, torch.float64 if wide else torch.float32
         tuner = home[_TUNER_KEYS[0]]
         if tuner.device != device or tuner.dtype != dtype:
-            home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT, PEAK_LR) if key in home})
+            home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT, LR_SUMS) if key in home})
             home.update({key: home[key].to(device) for key in (STEPS, SKIPPED_STEPS)})
     return TunerState(*(home[key] for key in _TUNER_KEYS))
 
 
-def note(optimizer: Optimizer, skip: Tensor, *, unit: Tensor | None, effective_lr: Tensor) -> None:
-    """Write down the unit of the start, if there is one, and the largest effective lr; nothing where `skip` holds."""
+def note(optimizer: Optimizer, skip: Tensor, *, unit: Tensor | None, lr: float | Tensor, scale: Tensor) -> None:
+    """Write down the unit of the start and the sums of `average_lr`; nothing where `skip` holds."""
     home = optimizer.param_groups[0]
-    home[PEAK_LR].copy_(torch.where(skip, home[PEAK_LR], torch.maximum(home[PEAK_LR], effective_lr)))
+    effective, plain, highest = home[LR_SUMS].unbind()
+    lr = lr if isinstance(lr, Tensor) else torch.full_like(plain, lr)
+    sums = torch.stack([effective + scale * lr, plain + lr, torch.maximum(highest, lr)])
+    home[LR_SUMS].copy_(torch.where(skip, home[LR_SUMS], sums))
     if unit is not None:
         home[UNIT].copy_(torch.where(skip, home[UNIT], unit))
 
 
+def average_lr(optimizer: Optimizer) -> float:
+    """Return max(lr) * sum(scale * lr) / sum(lr) over the steps so far, 0 before the first. Copies to the host."""
+    effective, plain, highest = optimizer.param_groups[0][LR_SUMS].tolist()
+    return float(highest * effective / plain) if plain else 0.0
+
+
 def clear(optimizer: Optimizer, config: Config) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
-    for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, PEAK_LR, STEPS, SKIPPED_STEPS):
+    for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, STEPS, SKIPPED_STEPS):
         optimizer.param_groups[0].pop(key, None)
     for state in optimizer.state.values():
         for key in (DELTA, COMPENSATION):
@@ -144,7 +153,7 @@ def with_whole_tuner(state_dict: dict[str, Any]) -> dict[str, Any]:
     process a part of every tensor.
     """
     groups = [
-        {key: whole(value) if key in (*_TUNER_KEYS, UNIT, PEAK_LR) else value for key, value in group.items()}
+        {key: whole(value) if key in (*_TUNER_KEYS, UNIT, LR_SUMS) else value for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "param_groups": groups}

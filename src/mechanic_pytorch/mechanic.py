@@ -229,7 +229,7 @@ class Mechanic(Optimizer):
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)
-        _state.note(self, skip, unit=unit, effective_lr=scales[1] * _base.largest_lr(self, scales[1]))
+        _state.note(self, skip, unit=unit, lr=_base.largest_lr(self, scales[1]), scale=scales[1])
         self._count(skip)
         return loss
 
@@ -261,10 +261,11 @@ class Mechanic(Optimizer):
         return [lr * scale for lr in _base.lrs(self)]
 
     def learned_lr(self) -> list[float]:
-        """Return, for each parameter group, the largest effective lr of the run so far. Copies to the host.
+        """Return, for each parameter group, the lr to give to the plain base optimizer, for a run like this one.
 
-        This is the lr to give to the plain base optimizer, with the same schedule, for a run like this one. Groups are
-        in proportion to their "initial_lr", which schedulers set, or else to their lr.
+        It is the lr at which the same schedule sums to the same, over the steps so far: max(lr) * sum(scale * lr) /
+        sum(lr), that is, the average of the scale, weighted by the schedule. Groups are in proportion to their
+        "initial_lr", which schedulers set, or else to their lr. Copies to the host.
 
         Example:
             >>> import torch
@@ -273,7 +274,7 @@ class Mechanic(Optimizer):
             >>> optimizer.learned_lr()
             [0.0]
         """
-        peak = float(self.param_groups[0][_state.PEAK_LR])
+        peak = _state.average_lr(self)
         shares = [
             float(group.get("initial_lr", lr)) for group, lr in zip(self.param_groups, _base.lrs(self), strict=True)
         ]
