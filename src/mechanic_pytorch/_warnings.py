@@ -33,7 +33,7 @@ def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
             f"{type(optimizer).__name__}: the base optimizer's update changed only {moved} of {active} weights that "
             "have a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. "
             f"Got lr={lrs(optimizer)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -44,5 +44,5 @@ def warn_if_stuck(optimizer: Any) -> None:
         warnings.warn(
             f"{type(optimizer).__name__}: the last {STUCK} steps were skipped, for a gradient, a weight or the sum of "
             "updates is not finite. Remedy: look for inf or nan in them; once mended, call optimizer.reset().",
-            stacklevel=5,
+            stacklevel=6,
         )
