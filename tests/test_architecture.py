@@ -10,12 +10,13 @@ import mechanic_pytorch.optim
 
 PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
-    "__init__": {"mechanic", "optim"},
+    "__init__": {"_patch", "mechanic", "optim"},
     "_base": set(),
     "_buckets": {"_state", "distributed", "kernels"},
     "_classes": {"_config"},
     "_config": set(),
     "_fused": {"_base", "_buckets", "distributed", "kernels"},
+    "_patch": {"_base", "_state", "mechanic"},
     "_start": {"_base", "_buckets", "_state", "distributed"},
     "_state": {"_config", "distributed"},
     "_warnings": {"_base", "_buckets"},
