@@ -97,7 +97,7 @@ class Built:
     """
 
     def __init__(self, optimizer: Optimizer, base: type[Optimizer], reason: str | None) -> None:
-        self.base = base  # the class that the code called
+        self.base: type[Optimizer] = getattr(base, "_mechanic_made_from", (None, base))[1]  # the plain class
         self.is_mechanized = isinstance(optimizer, Mechanic)
         self.reason = reason  # why it was left as it is, or None
         self.script_lrs: list[float] = []  # per group, as the code gave them
@@ -195,11 +195,16 @@ class _Patch:
             return "it was excluded"
         if any(_bears(cls, name) for name in self.include):
             return None
-        if not f"{cls.__module__}.".startswith("torch.optim."):
+        if not is_torchs(cls):
             return f"it is not one of torch.optim; include {cls.__module__}.{cls.__qualname__} to mechanize it"
         if issubclass(cls, torch.optim.LBFGS):
             return "it assumes that it owns its steps; include LBFGS to mechanize it all the same"
         return None
+
+
+def is_torchs(cls: type[Optimizer]) -> bool:
+    """Tell whether this is an optimizer of `torch.optim`."""
+    return f"{cls.__module__}.".startswith("torch.optim.")
 
 
 def _names(argument: str, names: Iterable[Named]) -> list[Named]:
