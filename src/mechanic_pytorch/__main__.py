@@ -10,10 +10,11 @@ def main() -> None:
     try:
         from mechanic_pytorch import _run
     except ModuleNotFoundError as missing:
-        if missing.name not in ("click", "rich"):
+        package = str(missing.name).partition(".")[0]
+        if package not in ("click", "rich"):
             raise
         sys.exit(
-            f"mechanic: the command needs click and rich. Got no module named {missing.name!r}. "
+            f"mechanic: the command needs click and rich. Got no module named {package!r}. "
             "Remedy: pip install 'mechanic-pytorch[run]'."
         )
     _run.main()

@@ -6,14 +6,17 @@ reaches the interpreter as if the script had been started by it.
 
 from __future__ import annotations
 
+import builtins
 import os
 import runpy
 import sys
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import click
@@ -40,8 +43,7 @@ class _NumberOr(click.ParamType):  # type: ignore[type-arg]  # generic in new ve
     """A number, or one word."""
 
     def __init__(self, word: str) -> None:
-        self.word = word
-        self.name = f"{word}|NUMBER"
+        self.word = self.name = word
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == self.word:
@@ -79,6 +81,7 @@ def _mechanic() -> None:
 @click.option(
     "--base-lr",
     type=_NumberOr("keep"),
+    metavar="keep|NUMBER",
     default="keep",
     show_default=True,
     help="Keep the learning rates of the script, or give this one to the group with the largest and keep the ratios.",
@@ -99,12 +102,17 @@ def _mechanic() -> None:
     help="Write report.json, a picture of the learning rate over the steps and a TensorBoard log into this directory.",
 )
 @click.option(
-    "--s-init", type=_NumberOr("auto"), default="auto", show_default=True, help="Initial scale, or relative to the run."
+    "--s-init",
+    type=_NumberOr("auto"),
+    metavar="auto|NUMBER",
+    default="auto",
+    show_default=True,
+    help="Initial scale; auto measures it at the first update.",
 )
 @click.option("--s-decay", type=float, default=Config.s_decay, show_default=True, help="Weight decay in the tuner.")
-@click.option("--betas", type=_Numbers(), default=Config.betas, help="Discount factors of the tuner.")
+@click.option("--betas", type=_Numbers(), default=Config.betas, help="Discount factors of the tuner, as for mechanize.")
 @click.option("--eps", type=float, default=Config.eps, show_default=True, help="Added to the tuner's denominator.")
-@click.option("--log-every", type=int, default=0, help="Print the scale every so many steps; 0 never does.")
+@click.option("--log-every", type=int, metavar="STEPS", default=0, help="Print the scale every so many steps.")
 @click.option(
     "--skip-nonfinite/--no-skip-nonfinite",
     default=True,
@@ -121,7 +129,7 @@ def _run(
     directory: Path | None,
     **options: Any,
 ) -> _Job:
-    r"""Run a training script with mechanized optimizers, and say which learning rate they found.
+    """Run a training script with mechanized optimizers, and say which learning rate they found.
 
     SCRIPT runs as `python SCRIPT ARGS...` does, unchanged, but every optimizer of torch.optim that it builds learns the
     scale of its learning rate. Options of this command stand before SCRIPT, those of the script after it.
@@ -131,7 +139,7 @@ def _run(
       mechanic run train.py --epochs 10
       mechanic run --report runs/1 -m package.train
       torchrun --nproc-per-node 2 -m mechanic_pytorch run train.py
-    """
+    """  # noqa: D301  (that is no path but click's mark: leave these lines as they are)
     if not is_module and not Path(script).exists():
         raise click.BadParameter(f"{script!r} does not exist.", param_hint="SCRIPT")
     if directory is not None:
@@ -195,10 +203,19 @@ def _execute(job: _Job) -> None:
             sys.path[0] = os.getcwd()
         runpy.run_module(job.target, run_name="__main__", alter_sys=True)
         return
+    path = os.path.abspath(job.target)
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
+        if not is_safe:
+            del sys.path[0]
+        runpy.run_path(path, run_name="__main__")  # which puts it there itself
+        return
     if not is_safe:
-        path = Path(job.target).resolve()
-        sys.path[0] = str(path if path.is_dir() else path.parent)
-    runpy.run_path(job.target, run_name="__main__")
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    # Not by run_path: it would take the name of the file for both __file__ and sys.argv[0], of which one is absolute.
+    module = ModuleType("__main__")
+    vars(module).update(__file__=path, __loader__=SourceFileLoader("__main__", path), __builtins__=builtins)
+    sys.modules["__main__"] = module
+    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
 
 
 def _report(job: _Job, outcome: str) -> None:
