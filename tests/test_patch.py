@@ -36,6 +36,7 @@ class Fragile(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         if type(self) is not Fragile:
+            self.was_tried = True
             raise TypeError("only Fragile itself")
         super().add_param_group(param_group)
 
@@ -183,8 +184,14 @@ def test_what_mechanize_refuses_stays_plain_and_works():
         assert len(optimizer.param_groups[0]["params"]) == 1
         assert not any(key.startswith("mechanic_") for key in optimizer.param_groups[0])
         assert vars(optimizer).keys() == vars(torch.optim.SGD(weights())).keys()
+    with patched() as built:  # the second group is refused when the first one has been taken
+        optimizer = torch.optim.SGD([{"params": weights()}, {"params": weights(), "differentiable": True}], lr=0.1)
+    assert type(optimizer) is torch.optim.SGD
+    assert not any(key.startswith("mechanic_") for key in optimizer.param_groups[0])
     with patched(include=[Fragile]) as built:
-        assert type(Fragile(weights(), 0.1)) is Fragile
+        optimizer = Fragile(weights(), 0.1)
+    assert type(optimizer) is Fragile
+    assert not hasattr(optimizer, "was_tried")
     assert built[0].reason == "only Fragile itself"
 
 
