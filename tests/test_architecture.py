@@ -10,12 +10,16 @@ import mechanic_pytorch.optim
 
 PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
-    "__init__": {"mechanic", "optim"},
+    "__main__": {"_run"},
+    "__init__": {"_patch", "mechanic", "optim"},
     "_base": set(),
     "_buckets": {"_state", "distributed", "kernels"},
     "_classes": {"_config"},
     "_config": set(),
     "_fused": {"_base", "_buckets", "distributed", "kernels"},
+    "_patch": {"_base", "_state", "mechanic"},
+    "_report": {"_patch", "telemetry"},
+    "_run": {"_config", "_patch", "_report"},
     "_start": {"_base", "_buckets", "_state", "distributed"},
     "_state": {"_config", "distributed"},
     "_warnings": {"_base", "_buckets"},
@@ -23,7 +27,10 @@ ALLOWED = {
     "kernels": set(),
     "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_start", "_state", "_warnings", "distributed"},
     "optim": {"_classes", "mechanic"},
+    "telemetry": {"mechanic"},
 }
+# What the extra `run` brings; only the command imports these files.
+OF_THE_COMMAND = {"_report.py": {"matplotlib", "rich"}, "_run.py": {"click"}}
 
 
 def imports(path):
@@ -43,7 +50,7 @@ def test_imports_go_one_way():
             if top == "mechanic_pytorch":
                 assert rest[0] in ALLOWED[room] | {room}, f"{path.name} imports {name}"
             else:
-                own = {"torch", "triton"} if path.name == "triton.py" else {"torch"}
+                own = {"torch", *OF_THE_COMMAND.get(path.name, {"triton"} if path.name == "triton.py" else ())}
                 assert top in own or top in sys.stdlib_module_names, f"{path.name} imports {name}"
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import mechanize, patched
 from problems import loss_of, mlp
 from test_resume import assert_identical
 
@@ -154,3 +154,14 @@ def test_inductor():
     train(model, optimizer, 12, step=torch.compile(optimizer.step))
     train(twin, other, 12)
     assert_same(model, optimizer, twin, other, rtol=1e-3, atol=1e-5)
+
+
+def test_an_optimizer_that_was_patched_in_is_one_graph_too():
+    graphs = Graphs()
+    with patched() as built:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True)
+        train(model, optimizer, 2)
+        train(model, optimizer, 6, first=2, step=torch.compile(optimizer.step, backend=graphs, fullgraph=True))
+    assert graphs.compiled == 2, "as without it: a float is taken for a constant once"
+    assert built[0].steps == 8

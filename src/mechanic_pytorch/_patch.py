@@ -1,0 +1,332 @@
+"""`patched`: optimizers that code of others builds are mechanized as they are built.
+
+The hook is `Optimizer.__init__`, which every optimizer calls when its own `__init__` has read its arguments: there an
+object whose class is to be mechanized changes its class, before it has any state. Nothing else of torch is touched, so
+every way to get hold of a class leads there, and signatures, docstrings and `isinstance` are those of torch. Pickle and
+copy call no `__init__`: what they make is of the class that it was before.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
+from threading import RLock
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from mechanic_pytorch import _state
+from mechanic_pytorch._base import lrs
+from mechanic_pytorch.mechanic import Mechanic, mechanize
+
+Named = type[Optimizer] | str
+
+_Init = Callable[..., None]
+
+_active: list[_Patch] = []  # the last one decides
+_installed: list[tuple[_Init, _Init]] = []  # at most one: our function, and what was there before
+_lock = RLock()
+
+
+def patched(
+    *,
+    base_lr: float | None = None,
+    include: Iterable[Named] = (),
+    exclude: Iterable[Named] = (),
+    s_init: Any = "auto",
+    **options: Any,
+) -> AbstractContextManager[Sequence[Built]]:
+    """Mechanize every optimizer of `torch.optim` that is built inside this context, by whomever.
+
+    The optimizer is an instance of the class that was called, and of `Mechanic`. How the class was got hold of makes no
+    difference. Left as they are: optimizers of others and subclasses of torch's, unless `include` names them; LBFGS,
+    which assumes that it owns its steps, likewise; what is mechanized already; copies and unpickled ones; and what
+    `mechanize` refuses (the entry in the list says why). The context holds for all threads, until the last one leaves
+    it; contexts may be nested, and the one entered last decides.
+
+    Args:
+        base_lr: None keeps the learning rate of the code, which makes no difference with s_init="auto". A number
+            replaces it, in proportion: the group with the largest lr gets this one.
+        include: further classes to mechanize, or their names: "LBFGS", "package.Class".
+        exclude: classes to leave plain, or their names.
+        s_init: as for `mechanize`, but "auto" by default.
+        **options: the other options of `mechanize`.
+
+    Returns:
+        A context manager. It gives the list of the optimizers built, in order, one `Built` each, which stays readable
+        when the optimizer is gone.
+
+    Raises:
+        TypeError: an option is of the wrong kind or does not exist.
+        ValueError: an option breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import patched
+        >>> def train():  # somebody else's
+        ...     model = torch.nn.Linear(4, 1)
+        ...     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ...     for _ in range(20):
+        ...         optimizer.zero_grad()
+        ...         model(torch.ones(8, 4)).square().mean().backward()
+        ...         optimizer.step()
+        >>> with patched() as built:
+        ...     train()
+        >>> [(one.base.__name__, one.steps, one.script_lrs) for one in built]
+        [('AdamW', 20, [0.001])]
+    """
+    return _patching(_Patch(base_lr, include, exclude, {"s_init": s_init, **options}))
+
+
+class Built:
+    """What is known of one optimizer that was built inside `patched`. It does not keep the optimizer alive.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import patched
+        >>> with patched(exclude=["SGD"]) as built:
+        ...     optimizer = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+        >>> built[0].optimizer is optimizer, built[0].is_mechanized, built[0].reason
+        (True, False, 'it was excluded')
+    """
+
+    def __init__(self, optimizer: Optimizer, base: type[Optimizer], reason: str | None) -> None:
+        self.base: type[Optimizer] = getattr(base, "_mechanic_made_from", (None, base))[1]  # the plain class
+        self.is_mechanized = isinstance(optimizer, Mechanic)
+        self.reason = reason  # why it was left as it is, or None
+        self.script_lrs: list[float] = []  # per group, as the code gave them
+        self._factor = 1.0
+        self._groups: list[dict[str, Any]] = []
+        self._reference = weakref.ref(optimizer)
+        self._see(optimizer)
+        if self.is_mechanized:
+            optimizer.register_step_post_hook(self._see)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, or None if it is gone."""
+        return self._reference()
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made, skipped ones included; of a mechanized optimizer. Copies to the host."""
+        return int(self._now()[0].get(_state.STEPS, 0))
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of them were skipped, for a gradient was not finite. Copies to the host."""
+        return int(self._now()[0].get(_state.SKIPPED_STEPS, 0))
+
+    def learned_lr(self) -> list[float]:
+        """Return `Mechanic.learned_lr` as it is, or was at the last step; empty for a plain one. Copies to the host."""
+        if not self.is_mechanized:
+            return []
+        return Mechanic.learned_lr(SimpleNamespace(param_groups=self._now()))  # type: ignore[arg-type]
+
+    def rescale(self, optimizer: Optimizer, base_lr: float) -> None:
+        """Make `base_lr` the largest lr of the groups and keep the ratios, those of groups to come included."""
+        values = [group.get("lr") for group in optimizer.param_groups]
+        largest = max((float(lr) for lr in values if lr is not None), default=0.0)
+        if largest == 0:
+            return  # set later by the code
+        factor = self._factor = base_lr / largest
+        self._see(optimizer)
+        reference, add = self._reference, type(optimizer).add_param_group
+
+        def add_param_group(group: dict[str, Any]) -> None:
+            add(reference(), {**group, "lr": group["lr"] * factor} if "lr" in group else group)  # type: ignore[arg-type]
+
+        for holder in (*optimizer.param_groups, optimizer.defaults):
+            if holder.get("lr") is not None:
+                holder["lr"] = holder["lr"] * factor
+        vars(optimizer)["add_param_group"] = add_param_group
+
+    def _see(self, optimizer: Optimizer, *_: Any) -> None:
+        """Note what a report needs: references to tensors, which are not looked at, and numbers."""
+        self._groups = [
+            {key: group[key] for key in group if key in ("lr", "initial_lr") or key.startswith("mechanic_")}
+            for group in optimizer.param_groups
+        ]
+        if len(self.script_lrs) < len(self._groups):
+            self.script_lrs += [lr / self._factor for lr in lrs(optimizer, "initial_lr")[len(self.script_lrs) :]]
+
+    def _now(self) -> list[dict[str, Any]]:
+        optimizer = self.optimizer
+        if optimizer is not None:
+            self._see(optimizer)
+        return self._groups
+
+
+class _Patch:
+    """One context: its options, checked, and what was built in it."""
+
+    def __init__(
+        self,
+        base_lr: float | None,
+        include: Iterable[Named],
+        exclude: Iterable[Named],
+        options: dict[str, Any],
+        on_built: Callable[[Optimizer, Built], None] | None = None,
+    ) -> None:
+        mechanize(torch.optim.SGD, **options)  # refuses what is wrong with them
+        rule = "patched: base_lr must be a finite number > 0, or None."
+        remedy = "Remedy: None keeps the lr of the code, 1.0 is what suits Mechanic."
+        if base_lr is not None and (isinstance(base_lr, bool) or not isinstance(base_lr, Real)):
+            raise TypeError(f"{rule} Got {base_lr!r}. {remedy}")
+        if base_lr is not None and not 0 < float(base_lr) < float("inf"):
+            raise ValueError(f"{rule} Got {base_lr!r}. {remedy}")
+        self.base_lr = None if base_lr is None else float(base_lr)
+        self.include, self.exclude = _names("include", include), _names("exclude", exclude)
+        self.options = options
+        self.on_built = on_built
+        self.built: list[Built] = []
+
+    def reason_against(self, cls: type[Optimizer]) -> str | None:
+        """Say why this class is left as it is, or None if it is not."""
+        if issubclass(cls, Mechanic):
+            return "it is mechanized already"
+        if any(_bears(cls, name) for name in self.exclude):
+            return "it was excluded"
+        if any(_bears(cls, name) for name in self.include):
+            return None
+        if not is_torchs(cls):
+            return f"it is not one of torch.optim; include {cls.__module__}.{cls.__qualname__} to mechanize it"
+        if issubclass(cls, torch.optim.LBFGS):
+            return "it assumes that it owns its steps; include LBFGS to mechanize it all the same"
+        return None
+
+
+def is_torchs(cls: type[Optimizer]) -> bool:
+    """Tell whether this is an optimizer of `torch.optim`."""
+    return f"{cls.__module__}.".startswith("torch.optim.")
+
+
+def _names(argument: str, names: Iterable[Named]) -> list[Named]:
+    rule = f"patched: {argument} must hold optimizer classes or their names."
+    remedy = f'Remedy: pass a list: {argument}=[torch.optim.SGD, "package.Class"].'
+    if isinstance(names, str | type) or not isinstance(names, Iterable):
+        raise TypeError(f"{rule} Got {names!r}. {remedy}")
+    listed = list(names)
+    for name in listed:
+        if not isinstance(name, str) and not (isinstance(name, type) and issubclass(name, Optimizer)):
+            raise TypeError(f"{rule} Got {name!r}. {remedy}")
+    return listed
+
+
+def _bears(cls: type[Optimizer], name: Named) -> bool:
+    """Tell whether this is the class of that name, which may be the name of the class alone. Imports nothing."""
+    if not isinstance(name, str):
+        return cls is name
+    module, _, last = name.rpartition(".")
+    if last != cls.__name__:
+        return False
+    return module in ("", cls.__module__) or getattr(sys.modules.get(module), last, None) is cls
+
+
+@contextmanager
+def _patching(patch: _Patch) -> Iterator[list[Built]]:
+    with _lock:
+        _active.append(patch)
+        if len(_active) == 1:
+            _installed.append(_install())
+    try:
+        yield patch.built
+    finally:
+        with _lock:
+            _active.remove(patch)
+            if not _active:
+                init, original = _installed.pop()
+                if vars(Optimizer)["__init__"] is init:  # else somebody has wrapped it, and it sleeps below theirs
+                    Optimizer.__init__ = original  # type: ignore[method-assign]
+
+
+def _install() -> tuple[_Init, _Init]:
+    """Put a new function in the place of `Optimizer.__init__`; return it and what was there."""
+    original: _Init = Optimizer.__init__
+
+    @functools.wraps(original)
+    def init(self: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
+        with _lock:
+            patches = list(_active) if (init, original) in _installed else []
+        if patches:
+            _build(self, params, defaults, original, patches)
+        else:
+            original(self, params, defaults)
+
+    Optimizer.__init__ = init  # type: ignore[method-assign]
+    return init, original
+
+
+def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: _Init, patches: list[_Patch]) -> None:
+    """Call `init` on an object of the mechanized class, or of its own, and list it."""
+    patch, base = patches[-1], type(self)
+    reason = patch.reason_against(base)
+    if reason is None:
+        params, put_back = _kept(params)
+        attributes = dict(vars(self))
+        try:
+            _change_class(self, mechanize(base, **patch.options))
+            init(self, params, defaults)
+        except Exception as refusal:
+            reason = str(refusal)
+            self.__class__ = base
+            vars(self).clear()
+            vars(self).update(attributes)
+            put_back()
+    if not isinstance(self, Mechanic) or issubclass(base, Mechanic):
+        init(self, params, defaults)  # if it raises, it does so as if we had never been there
+    one = Built(self, base, reason)
+    if patch.base_lr is not None and reason is None:
+        one.rescale(self, patch.base_lr)
+    for each in patches:
+        each.built.append(one)
+        if each.on_built is not None:
+            each.on_built(self, one)
+
+
+def _change_class(self: Optimizer, mechanized: type[Optimizer]) -> None:
+    """Make the object an instance of the mechanized class, or of a subclass that Python takes to be laid out alike.
+
+    It does not if the base does not begin with `Optimizer`, as in `class Base(ABC, Optimizer)`, although all that
+    either adds to an object is its `__dict__`.
+    """
+    try:
+        self.__class__ = mechanized
+    except TypeError:
+        root: type = type(self)
+        while _sizes(root.__base__) == _sizes(root):
+            root = root.__base__  # type: ignore[assignment]  # object has other sizes
+        foundation: Any = root.__base__
+        layout = type(foundation)("Layout", (foundation,), {})
+        keys = "__doc__", "__module__", "__qualname__", "_mechanic_made_from"  # by the last, pickle knows the class
+        metaclass: Any = type(mechanized)
+        body = {key: getattr(mechanized, key) for key in keys}
+        self.__class__ = metaclass(mechanized.__name__, (layout, mechanized), body)
+
+
+def _sizes(cls: type | None) -> tuple[int, int, int]:
+    return cls.__basicsize__, cls.__dictoffset__, cls.__weakrefoffset__  # type: ignore[union-attr]
+
+
+def _kept(params: Any) -> tuple[Any, Callable[[], None]]:
+    """Return the same parameters, which can be read twice, and a function that puts dicts of groups back."""
+    if isinstance(params, Iterator):
+        params = list(params)
+    groups = [group for group in params if isinstance(group, dict)] if isinstance(params, list | tuple) else []
+    for group in groups:
+        if isinstance(group.get("params"), Iterator):
+            group["params"] = list(group["params"])
+    copies = [dict(group) for group in groups]
+
+    def put_back() -> None:
+        for group, copy in zip(groups, copies, strict=True):
+            group.clear()
+            group.update(copy)
+
+    return params, put_back
