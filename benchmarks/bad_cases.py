@@ -39,14 +39,14 @@ OURS: dict[str, dict[str, Any]] = {
     '`s_init="auto", s_decay=1.0`': {"s_init": "auto", "s_decay": 1.0},
     '`s_init="auto", s_decay=10.0`': {"s_init": "auto", "s_decay": 10.0},
 }
-Run = tuple[float, float]  # final loss, largest effective lr
+Run = tuple[float, float]  # final loss, learned lr
 Make = Callable[[Any], Any]
 
 
 def train(
     model: nn.Module, data: tuple[Tensor, Tensor], loss: Any, make: Make, steps: int, batch: int, cosine: bool
 ) -> Run:
-    """Train once; return the loss over all the data and the largest effective learning rate."""
+    """Train once; return the loss over all the data and the learning rate, learned or given."""
     x, y = data
     optimizer = make(model.parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -117,7 +117,7 @@ def main() -> None:
             base = mechanize(adamw, **options)
             runs = over_seeds(regression, lambda p, base=base, decay=decay: base(p, lr=1.0, weight_decay=decay))
             rows.append(row(f"{decay:g}", name, runs=runs))
-    print("| weight decay | AdamW | final loss | largest effective lr |", "|---|---|---|---|", *rows, "", sep="\n")
+    print("| weight decay | AdamW | final loss | learned lr |", "|---|---|---|---|", *rows, "", sep="\n")
 
     free, auto = po.ScheduleFreeAdamW, mechanize(adamw, s_init="auto")
     cases: dict[str, Make] = {
@@ -129,7 +129,7 @@ def main() -> None:
     }
     rows = [row("plain, tuned", runs=tuned(digits, lambda params, lr: free(params, lr=lr)))]
     rows += [row(name, runs=over_seeds(digits, make)) for name, make in track(cases.items(), "schedule-free")]
-    print("| ScheduleFreeAdamW | final loss in `eval()` | largest effective lr |", "|---|---|---|", *rows, "", sep="\n")
+    print("| ScheduleFreeAdamW | final loss in `eval()` | learned lr |", "|---|---|---|", *rows, "", sep="\n")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread.")
 
 

@@ -237,7 +237,7 @@ class Mechanic(Optimizer):
     def scale(self) -> Tensor:
         """The learned scale, sum(s): a 0-d tensor on the parameters' device, once a step was made; 0 at first."""
         scales: Tensor = self.param_groups[0]["mechanic_scales"]
-        return scales.sum() * _start.lr_factor(self)
+        return scales.sum() * float(self.param_groups[0].get(_state.LR_FACTOR, 1.0))
 
     @property
     def skipped_steps(self) -> int:
