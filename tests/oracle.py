@@ -37,7 +37,8 @@ class Oracle:
 class AutoOracle:
     """`s_init="auto"`: Algorithm 1 on c * delta, with a relative s_init, eps in units of |g| |x|, and losses halved.
 
-    The units are really changed here: what the tuner remembers is rescaled whenever c is.
+    The units are really changed here: what the tuner remembers is rescaled whenever c is. Decay is counted in the
+    longest |x| so far.
     """
 
     def __init__(self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), eps=1e-8):
@@ -47,14 +48,16 @@ class AutoOracle:
         self.base, self.s_decay, self.eps, self.s_init = base, s_decay, eps, 1e-3
         self.beta = np.array(betas, dtype=np.float64)
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
-        self.c, self.highest_lr = None, 0.0
+        self.c, self.highest_lr, self.longest = None, 0.0, 1.0
 
     def step(self, g, lr):
         g_norm = np.sqrt(sum(np.sum(gi**2) for gi in g))
         x_norm = np.sqrt(sum(np.sum(xi**2) for xi in self.x))
         delta_norm = np.sqrt(sum(np.sum(di**2) for di in self.delta))
+        self.longest = max(self.longest, x_norm)
         if self.c is None and delta_norm > 0 and g_norm > 0:
-            self.c = max(x_norm, 1) / delta_norm
+            self.first = max(x_norm, 1)
+            self.c = self.first / delta_norm
             self.eps_unit = g_norm * max(x_norm, 1)
         if lr > self.highest_lr:
             if self.c is not None:
@@ -62,9 +65,8 @@ class AutoOracle:
                 self.c, self.m, self.v, self.s = self.c * ratio, self.m * ratio, self.v * ratio**2, self.s / ratio
             self.highest_lr = lr
         if self.c is not None:
-            decayed = [
-                gi + self.s_decay * self.s.sum() * g_norm * xi / x_norm for gi, xi in zip(g, self.x, strict=True)
-            ]
+            s_decay = self.s_decay * self.first / self.longest
+            decayed = [gi + s_decay * self.s.sum() * g_norm * xi / x_norm for gi, xi in zip(g, self.x, strict=True)]
             h = sum(np.sum(self.c * di * gi) for di, gi in zip(self.delta, decayed, strict=True))
             self.m = np.maximum(self.beta * self.m, abs(h))
             self.v = self.beta**2 * self.v + h**2

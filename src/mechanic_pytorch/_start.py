@@ -4,24 +4,23 @@ Three options are numbers with a unit. `s_init` is a scale, so it is compared wi
 which is an update times a gradient; `s_decay` weighs x / delta against 1. Multiply all updates of the base by a
 constant, which is what another base lr does, and the numbers mean something else.
 
-Let u be the base's first update, x and g the parameters and the gradient where it is seen first, and
+Let u be the base's first update, g the gradient where it is seen first, |x_1| the length of the parameters there and
+|x| the longest that they have been so far, where less than 1 counts as 1. The run is that of Algorithm 1 with
 
-    c = max(|x|, 1) / |u|          the scale at which the first update would be as long as the parameters
+    s_init = 1e-3 * |x_1| / |u|,    s_decay = s_decay * |u| / |x|,    eps = eps * |g| * |u|
 
-Running the tuner on c * delta, with s_init relative to that and eps in units of |g| * max(|x|, 1), gives the same
-run for every base lr, up to rounding. Written for delta itself, this is Algorithm 1 with
-
-    s_init = c * 1e-3,    s_decay = s_decay / c,    eps = eps * |g| * max(|x|, 1) / c
-
-which is what this file computes. Under a warm-up the first updates are small because lr is, and c would promise too
-much: c is that of the first update, rescaled to the largest lr so far.
+so that at first an update moves the parameters by 1e-3 of their length, and decay weighs the scale against the one at
+which it would move them by their whole length. Multiplying all updates by a constant then changes nothing, up to
+rounding. Decay goes by the longest |x|, for the first may say nothing: a classifier that starts at zero ends far from
+there, and taking its length for 1 all the way makes the learned scale up to four times smaller. Under a warm-up the
+first updates are small because lr is: |u| is that of the first update, rescaled to the largest lr so far.
 
 Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
 step therefore runs with every lr multiplied by one power of two, chosen before the first update such that the largest
 is near 1, and `scale` is given for the lr that the user sees. That is the run at another base lr, hence the same one.
 
 x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
-not zero, there is no c, and no scale.
+not zero, there is no |u|, and no scale.
 
 The other difference from Algorithm 1 is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by
 the scale having been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take
@@ -47,7 +46,7 @@ from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch._state import DELTA, LR_FACTOR, UNIT
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
-RELATIVE = 1e-3  # the first scale, relative to c
+RELATIVE = 1e-3  # by how much of their length the first update moves the parameters
 PENALTY = 0.5  # what a step that lost counts, against one that gained
 
 
@@ -109,25 +108,25 @@ def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], 
 
 
 def next_unit(unit: Tensor, dots: Tensor, delta_squared: Tensor | None, lr: float | Tensor) -> Tensor:
-    """Return what is remembered of the start, shape (3,): `[c * lr, |g| * |x|, lr]`; zeros where nothing is known.
+    """Return what is remembered of the start, shape (5,): `[|u| / lr, |g|, |x_1|, |x|, lr]`; zeros while unknown.
 
     Args:
         unit: that of the last step; its lr is the one by which delta came about.
         dots: the four sums.
-        delta_squared: |delta|^2, shape (), as long as c may be unknown; None afterwards.
+        delta_squared: |delta|^2, shape (), as long as |u| may be unknown; None afterwards.
         lr: the largest of this step's.
     """
-    length, product, highest = unit.unbind()
+    first, (longest, highest) = unit[:3], unit[3:]
+    x = dots[3].sqrt().clamp_min(1.0)
     if delta_squared is not None:
-        x, g = dots[3].sqrt().clamp_min(1.0), dots[2].sqrt()
-        found = torch.stack([x * highest / delta_squared.sqrt(), g * x])
-        begins = (length == 0) & (found > 0).all() & found.isfinite().all()
-        length, product = torch.where(begins, found, unit[:2]).unbind()
-    return torch.stack([length, product, highest.clamp_min(lr)])
+        found = torch.stack([delta_squared.sqrt() / highest, dots[2].sqrt(), x])
+        begins = (first[0] == 0) & (found > 0).all() & found.isfinite().all()
+        first = torch.where(begins, found, first)
+    return torch.cat([first, torch.stack([torch.maximum(longest, x), highest.clamp_min(lr)])])
 
 
 def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor) -> Numbers:
     """Return the options that apply to delta itself."""
-    length, product, highest = unit.unbind()
-    c = torch.where(length > 0, length / highest, 1.0)
-    return Numbers(betas, s_decay / c, RELATIVE * c, eps * product / c, PENALTY)
+    pace, g, start, longest, highest = unit.unbind()
+    u = torch.where(pace > 0, pace * highest, 1.0)
+    return Numbers(betas, s_decay * u / longest, RELATIVE * start / u, eps * g * u, PENALTY)

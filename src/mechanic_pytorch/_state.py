@@ -58,7 +58,7 @@ def attach_tuner(optimizer: Optimizer, config: Config) -> None:
         home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
         home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
     if config.s_init == "auto" and UNIT not in home:
-        home[UNIT], home[LR_FACTOR] = torch.zeros(3, device="cpu"), 1.0
+        home[UNIT], home[LR_FACTOR] = torch.zeros(5, device="cpu"), 1.0
     if LR_SUMS not in home:
         home[LR_SUMS] = torch.zeros(3, device="cpu")
 
