@@ -22,7 +22,7 @@ from sklearn.datasets import load_iris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.convergence import __main__ as program
-from benchmarks.convergence import data, methods, plan, report, tasks
+from benchmarks.convergence import data, fill, methods, plan, report, tasks
 from benchmarks.convergence.results import IDENTITY, Results, key
 
 from mechanic_pytorch import _start
@@ -138,7 +138,7 @@ def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # of a busy machine; it takes a few seconds
         while len(Results(path).lines()) < 3 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         assert process.poll() is None, (tmp_path / "log").read_text()
@@ -155,6 +155,23 @@ def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
     expected = tmp_path / "expected.jsonl"
     run(expected)
     assert set(keys) == set(identities(expected))
+
+
+def test_on_a_local_ray(task, tmp_path):
+    """The same jobs, on workers of Ray, which start as processes of their own and know no module of this test."""
+    path = tmp_path / "results.jsonl"
+    command = [sys.executable, __file__, "run", "--results", path, "--backend", "ray", "--jobs", "2", "--seeds", "0"]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [*map(str, command), *METHODS], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = tmp_path / "expected.jsonl"
+    run(expected, seeds=["0"])
+    found, here = ({(line["method"], line["loss"]) for line in Results(p).lines()} for p in (path, expected))
+    assert found == here
+    assert len(identities(path)) == len(here) > 5
 
 
 def test_an_interruption_by_hand_leaves_what_was_finished(task, tmp_path):
@@ -296,6 +313,7 @@ def test_a_run_that_diverges_is_a_result():
 
 def fake(method, seed, loss, metric=90.0, **more):
     common = {"task": "tiny", "profile": "quick", "steps": 20, "torch": "2", "package": "1", "start": f"s{seed}"}
+    common["python"] = "3"
     measured = {"loss": loss, "metric": metric, "peak lr": 0.1, "seconds": 1.0, "lr over time": [[0, 0.1], [19, 0.0]]}
     return common | {"method": method, "seed": seed} | measured | more
 
@@ -368,6 +386,37 @@ def test_a_report_of_a_few_results(written, tmp_path, capsys, count):
     text = report_of(few, "--output", str(tmp_path / "few"), capsys=capsys)
     assert ("No results" in text) == (count == 0)
     assert report_of(few, "--profile", "full", capsys=capsys).startswith("No results of profile full")
+
+
+def test_marked_tables_are_made_anew_and_nothing_else(written, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# ü\n\n<!-- convergence: overview -->\nold\n<!-- end -->\nbelow\n\n<!-- convergence: tasks -->\n<!-- end -->"
+    )
+    for _ in range(2):
+        report_of(written, "--fill", str(page), capsys=capsys)
+        text = page.read_text()
+        assert text.startswith("# ü\n\n<!-- convergence: overview -->\n| method | 1 networks, mean | worst |")
+        assert "\n<!-- end -->\nbelow\n\n<!-- convergence: tasks -->\n| task | tuned lr |" in text
+        assert text.endswith("\n<!-- end -->")
+        assert "old" not in text
+    assert row(text, "mechanized, defaults") == ["3.00", "3.00 (tiny)", "", "", "-2.0"]
+    assert row(text, "LDoG") == ["∞", "∞ (tiny)", "", "", "-80.0"]
+    assert row(text, "tiny") == ["0.1", "0.1", "0.50", "3.00", "", "", "", "∞", "", "", "", ""]
+    assert "14 runs, seed 0; torch 2, Python 3, x86-64" in text
+    page.write_text("<!-- convergence: nothing -->\n<!-- end -->")
+    with pytest.raises(SystemExit, match=r"no table is called 'nothing'\. Known: overview"):
+        program.main(["report", "--results", str(written.path), "--fill", str(page)])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/convergence.md"])
+def test_the_documentation_says_what_the_results_say(page):
+    root = Path(__file__).parents[1]
+    lines = Results(root / "benchmarks" / "convergence" / "results.jsonl").lines()
+    _, tables = report.compose(lines, "full")
+    text = (root / page).read_text(encoding="utf-8")
+    assert "<!-- convergence: overview -->" in text
+    assert fill.fill(text, tables, lines) == text
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known(task, tmp_path):

@@ -22,7 +22,8 @@ import joblib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import data, plan, report
+from . import data, fill, pictures, plan
+from . import report as tables_of
 from .methods import ABLATION, METHODS, Job, execute, matching
 from .results import Results, key
 from .tasks import PROFILES, TASKS, Task
@@ -51,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner.add_argument("--peers", type=Path, default=Path(".venv/peers"), help="directory that holds 0.0.1")
     reporter = commands.add_parser("report", help="tables and pictures of what there is")
     reporter.add_argument("--output", type=Path, help="directory for report.md and the pictures")
+    reporter.add_argument(
+        "--fill", nargs="*", type=Path, default=[], help="Markdown files whose marked tables are made anew"
+    )
     for command in (runner, reporter):
         command.add_argument("--profile", choices=PROFILES, default="quick", help="(%(default)s)")
         command.add_argument("--results", type=Path, default=Path("convergence.jsonl"), help="(%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        return run(options) if options.command == "run" else report.main(options)
+        return run(options) if options.command == "run" else report(options)
     except (data.DataError, ValueError) as error:
         raise SystemExit(f"convergence: {error}") from error
 
@@ -132,6 +136,22 @@ def in_parallel(pairs: list[tuple[Job, float | None]], options: argparse.Namespa
                 yield from parallel(calls[i : i + size])
     else:
         yield from parallel(calls)
+
+
+def report(options: argparse.Namespace) -> int:
+    """Print the report; write it with its pictures, and tables of other files, if asked to; return the exit status."""
+    lines = Results(options.results).lines()
+    text, tables = tables_of.compose(lines, options.profile)
+    print(text)
+    if options.output and tables:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for name, draw in pictures.ALL.items():
+            draw(tables).savefig(options.output / f"{name}.png", dpi=120)
+        links = "\n".join(f"![{name}]({name}.png)\n" for name in pictures.ALL)
+        (options.output / "report.md").write_text(f"{text}\n## Pictures\n\n{links}", encoding="utf-8")
+    for path in options.fill:
+        path.write_text(fill.fill(path.read_text(encoding="utf-8"), tables, lines), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

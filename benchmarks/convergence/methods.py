@@ -59,6 +59,17 @@ ABLATION = {
     ]
 }
 METHODS = (GRID, *FIXED, LEARNED)
+NAMES = {  # for tables that people read
+    TEACHER: 'mechanized, `s_init="auto"`',
+    "ours": "mechanized, defaults",
+    "0.0.1": "version 0.0.1",
+    "prodigy": "Prodigy",
+    "d-adaptation": "D-Adaptation",
+    "ldog": "LDoG",
+    "schedule-free": "Schedule-Free, default lr",
+    "adamw@1e-3": "AdamW at 1e-3",
+    LEARNED: "the plain base at `learned_lr()` of “auto”",
+}
 POINTS = 20  # of the effective learning rate over time that are kept
 BASES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 

@@ -1,0 +1,124 @@
+"""The tables in the documentation: written by this program between marks, so that none is copied by hand.
+
+A mark is a line `<!-- convergence: NAME -->`; what stands between it and the next `<!-- end -->` is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from .compare import TaskResults, apart, over, points
+from .methods import FIXED, LEARNED, NAMES, TEACHER
+from .report import accuracies, constants, markdown_table, number, signed
+
+MARK = re.compile(r"(<!-- convergence: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, tables: Sequence[TaskResults], lines: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown text with its marked tables made anew.
+
+    Raises:
+        ValueError: a mark names no table.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}. Known: {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](tables)}\n{origin(tables, lines) if name in ORIGIN else ''}"
+
+    return MARK.sub(made, text)
+
+
+def overview(tables: Sequence[TaskResults]) -> str:
+    """Return a row for each method: losses relative to tuned on networks, on linear problems and on all."""
+    parts = dict(zip(("networks", "linear problems"), apart(tables), strict=True))
+    rows = []
+    for method, name in NAMES.items():
+        row = [name]
+        for part in parts.values():
+            row += cells(part, method)
+        changes = [change for table in tables if (change := points(table, method)) is not None]
+        rows.append([*row, signed(fmean(changes)) if changes else ""])
+    head = ["method"]
+    for title, part in parts.items():
+        head += [f"{len(part)} {title}, mean", "worst"]
+    return markdown_table([*head, "accuracy or R², points"], rows)
+
+
+def cells(tables: Sequence[TaskResults], method: str) -> list[str]:
+    """Return the geometric mean of loss / tuned over tasks, with their number if it is not all, and the worst."""
+    found = over(tables, method)
+    if found is None:
+        return ["", ""]
+    missing = f" (of {found.tasks})" if found.tasks < len(tables) else ""
+    return [f"{relative(found.mean)}{missing}", f"{relative(found.worst)} ({found.where.removeprefix('linear-')})"]
+
+
+def relative(ratio: float | None) -> str:
+    """Return a loss relative to another, with two digits behind the point as long as these say something."""
+    return number(ratio, ".2f" if ratio is not None and ratio < 10 else ".3g")
+
+
+def base_rates(tables: Sequence[TaskResults]) -> str:
+    """Return how the networks fare at other base learning rates."""
+    networks, _ = apart(tables)
+    ours = [method for method in FIXED if method.startswith("ours") and "@" in method]
+    rates = sorted({1.0, *(float(method.partition("@")[2]) for method in ours)})
+    rows = []
+    for family in ("ours", TEACHER):
+        methods = [family if rate == 1 else f"{family}@{rate:.0e}" for rate in rates]
+        rows.append([NAMES[family], *(cells(networks, method)[0] for method in methods)])
+    return markdown_table(["base lr", *("1" if rate == 1 else f"{rate:.0e}" for rate in rates)], rows)
+
+
+def every_task(tables: Sequence[TaskResults]) -> str:
+    """Return a row for each task: the tuned learning rate, the learned one, and losses relative to tuned."""
+    methods = [method for method in NAMES if method != LEARNED]
+    rows = []
+    for table in tables:
+        spread = table.spread(TEACHER)
+        rows.append(
+            [
+                table.task.name,
+                number(table.tuned_lr, ".2g"),
+                number(table.rate(TEACHER), ".2g"),
+                *(relative(table.ratio(method)) for method in (*methods, LEARNED)),
+                relative(spread),
+            ]
+        )
+    head = ["task", "tuned lr", "learned lr", *methods, LEARNED, f"{TEACHER}: worst seed / best"]
+    return markdown_table(head, rows)
+
+
+def origin(tables: Sequence[TaskResults], lines: Sequence[dict[str, Any]]) -> str:
+    """Return what the tables rest on, as a line of small print."""
+    last = lines[-1]
+    seeds: dict[tuple[int, ...], list[str]] = {}
+    for table in tables:
+        seeds.setdefault(tuple(sorted(table.lines.get(TEACHER, {}))), []).append(table.task.name)
+    usual = max(seeds, key=lambda key: len(seeds[key]))
+    others = [f"{', '.join(names)}: {_seeds(key)}" for key, names in seeds.items() if key != usual]
+    runs = sum(len(by_seed) for table in tables for by_seed in table.lines.values())
+    return (
+        f"\n<sub>{runs} runs, {'; '.join([_seeds(usual), *others])}; torch {last['torch']}, Python {last['python']}, "
+        "x86-64, one thread a run. `python -m benchmarks.convergence report --profile full --results "
+        "benchmarks/convergence/results.jsonl --output docs/convergence --fill README.md docs/convergence.md`</sub>\n"
+    )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds))}" if seeds else "no seed"
+
+
+TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
+    "overview": overview,
+    "base rates": base_rates,
+    "tasks": every_task,
+    "constants": constants,
+    "accuracies": accuracies,
+}
+ORIGIN = {"overview"}
