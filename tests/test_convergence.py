@@ -160,18 +160,19 @@ def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
 def test_on_a_local_ray(task, tmp_path):
     """The same jobs, on workers of Ray, which start as processes of their own and know no module of this test."""
     path = tmp_path / "results.jsonl"
-    command = [sys.executable, __file__, "run", "--results", path, "--backend", "ray", "--jobs", "2", "--seeds", "0"]
+    few = ["--methods", "ours", "ours-auto", "plain@learned", "--seeds", "0"]
+    command = [sys.executable, __file__, "run", "--results", path, "--backend", "ray", "--jobs", "2", *few]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [*map(str, command), *METHODS], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     expected = tmp_path / "expected.jsonl"
-    run(expected, seeds=["0"])
+    run(expected, *few)
     found, here = ({(line["method"], line["loss"]) for line in Results(p).lines()} for p in (path, expected))
     assert found == here
-    assert len(identities(path)) == len(here) > 5
+    assert len(identities(path)) == len(here) == 3
 
 
 def test_an_interruption_by_hand_leaves_what_was_finished(task, tmp_path):
