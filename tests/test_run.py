@@ -1,5 +1,6 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from statistics import fmean
 import pytest
 import torch
 from matplotlib import image
+from rich.console import Console
 
 from mechanic_pytorch import _report, _run, patched
 from mechanic_pytorch.__main__ import main
@@ -73,7 +75,7 @@ ENDS = {
     "exit message": ("sys.exit('a message')", 1),
     "error": ("def f():\n    raise ValueError('of the script')\nf()", 1),
     "chain": ("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise RuntimeError from e", 1),
-    "interrupt": ("raise KeyboardInterrupt", -signal.SIGINT),
+    "interrupt": ("raise KeyboardInterrupt", None),  # killed by the signal, unless something runs code at exit
     "broken pipe": ("raise BrokenPipeError(32, 'Broken pipe')", 1),
     "hook": ("sys.excepthook = lambda *what: print('hook', what[0], what[2].tb_lineno)\nraise KeyError", 1),
     "atexit": ("import atexit; atexit.register(lambda: print('at exit', __name__, sys.argv))\nsys.exit(2)", 2),
@@ -85,7 +87,7 @@ def test_the_end_is_the_scripts_own_and_the_report_comes_first(script, end):
     code, status = ENDS[end]
     path = script(TRAINING + code + "\n")
     plain = python(path, check=status)
-    ours = python(*COMMAND, path, check=status)
+    ours = python(*COMMAND, path, check=plain.returncode)
     assert ours.stdout == plain.stdout
     assert ours.stderr.endswith(plain.stderr), "the traceback, as it is without us"
     report = ours.stderr.removesuffix(plain.stderr)
@@ -100,19 +102,84 @@ def test_a_syntax_error_is_shown_as_python_shows_it(script):
     assert ours.stderr == f"{NOTHING}\n{plain.stderr}"
 
 
-def test_ctrl_c_kills_it_as_it_kills_python(script):
-    path = script(TRAINING + "time.sleep(60)\n")
-    command = [sys.executable, *COMMAND, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def interrupted(*arguments, again_at=None):
+    """Press Ctrl-C when the script has trained, and once more when it says so; return what comes of it."""
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "trained\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
+        seen = ""
+        for line in process.stderr if again_at is not None else ():
+            seen += line
+            if line == again_at:
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, seen + err
+
+
+def test_ctrl_c_ends_it_as_it_ends_python(script):
+    path = script(TRAINING + "time.sleep(60)\n")
+    plain_status, _, plain_err = interrupted(path)
+    status, _, err = interrupted(*COMMAND, path)
+    assert status == plain_status != 0
     assert len(ADVICE.findall(err)) == 1
     traceback = err[err.index("Traceback") :].splitlines()
     assert traceback[1].startswith(f'  File "{path}", line ')
-    assert traceback[-1] == "KeyboardInterrupt"
-    assert "mechanic_pytorch" not in err
+    assert traceback == plain_err.splitlines()
+
+
+def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tmp_path):
+    slow = "from mechanic_pytorch import _report\n"
+    slow += "_report._draw = lambda *_: (print('drawing', file=sys.stderr, flush=True), time.sleep(60))\n"
+    path = script(slow + TRAINING + "time.sleep(60)\n")
+    status, _, err = interrupted(*COMMAND, "--report", tmp_path / "report", path, again_at="drawing\n")
+    assert status != 0
+    assert len(ADVICE.findall(err)) == 1
+    last = err[err.index("drawing") :].splitlines()
+    assert last[1] == "mechanic: the report could not be finished. Got KeyboardInterrupt"
+    assert last[2:4] == ["Traceback (most recent call last):", last[3]]
+    assert last[3].startswith(f'  File "{path}", line ')
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["outcome"] == "KeyboardInterrupt"
+
+
+def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(_run, "show", lambda built: (signal.raise_signal(signal.SIGINT), print("shown")))
+    _run._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[]), directory=None), "finished")
+    assert capsys.readouterr().out == "shown\n"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_report_comes_after_what_the_script_has_printed_where_both_go_to_one_file(script, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    path = script(TRAINING.replace(", flush=True", ""))
+    with open(tmp_path / "log", "w") as log:
+        done = python(*COMMAND, path, capture_output=False, stdout=log, stderr=log, env=environment)
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert done.returncode == 0
+    assert lines[0] == "trained"
+    assert ADVICE.match(lines[-1])
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_forked_process_that_ends_like_the_script_does_not_report(script):
+    path = script(TRAINING + "if os.fork() == 0: sys.exit()\nos.wait()\n")
+    assert len(ADVICE.findall(python(*COMMAND, path, check=0).stderr)) == 1
+
+
+def test_on_a_terminal_the_report_begins_a_new_line_and_fits_into_it():
+    with patched() as built:
+        model = mlp()
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
+    for is_terminal in (True, False):
+        text = io.StringIO()
+        _report.show(built, Console(file=text, force_terminal=is_terminal, width=80))
+        lines = text.getvalue().splitlines()
+        assert (lines[0] == "") == is_terminal
+        assert len(lines) == 6 + is_terminal, "no cell is folded"
+        assert lines[-1].startswith("mechanic: to train without Mechanic, use SGD with lr=")
 
 
 # --- how it begins ----------------------------------------------------------------------------------------------------
