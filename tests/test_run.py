@@ -51,7 +51,7 @@ print("trained", flush=True)
 
 def python(*arguments, check=None, **options):
     command = [sys.executable, "-W", "error", *map(str, arguments)]
-    options = {"timeout": 120, "capture_output": True, "text": True, "encoding": "utf-8", **options}
+    options = {"timeout": 300, "capture_output": True, "text": True, "encoding": "utf-8", **options}
     done = subprocess.run(command, check=False, **options)
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
@@ -119,7 +119,7 @@ def interrupted(*arguments, again_at=None):
             if line == again_at:
                 process.send_signal(signal.SIGINT)
                 break
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
     return process.returncode, out, seen + err
 
 
@@ -344,7 +344,7 @@ def test_under_torchrun_the_scale_is_the_same_everywhere_and_one_process_reports
     options = ["--report", tmp_path / "report", *(["--process-group", "world"] if layout == "ZeRO" else [])]
     command = [sys.executable, *torchrun, *COMMAND, *map(str, options), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     scales = re.findall(r"scale (\S+)", done.stdout)
     assert len(scales) == 2
