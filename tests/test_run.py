@@ -1,5 +1,7 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
+import gzip
+import io
 import json
 import os
 import re
@@ -10,9 +12,13 @@ import types
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from rich.console import Console
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mechanic_pytorch import _report, _run, patched
 from mechanic_pytorch.__main__ import main
@@ -45,7 +51,7 @@ print("trained", flush=True)
 
 def python(*arguments, check=None, **options):
     command = [sys.executable, "-W", "error", *map(str, arguments)]
-    options = {"timeout": 120, "capture_output": True, "text": True, "encoding": "utf-8", **options}
+    options = {"timeout": 300, "capture_output": True, "text": True, "encoding": "utf-8", **options}
     done = subprocess.run(command, check=False, **options)
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
@@ -73,7 +79,7 @@ ENDS = {
     "exit message": ("sys.exit('a message')", 1),
     "error": ("def f():\n    raise ValueError('of the script')\nf()", 1),
     "chain": ("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise RuntimeError from e", 1),
-    "interrupt": ("raise KeyboardInterrupt", -signal.SIGINT),
+    "interrupt": ("raise KeyboardInterrupt", None),  # killed by the signal, unless something runs code at exit
     "broken pipe": ("raise BrokenPipeError(32, 'Broken pipe')", 1),
     "hook": ("sys.excepthook = lambda *what: print('hook', what[0], what[2].tb_lineno)\nraise KeyError", 1),
     "atexit": ("import atexit; atexit.register(lambda: print('at exit', __name__, sys.argv))\nsys.exit(2)", 2),
@@ -85,7 +91,7 @@ def test_the_end_is_the_scripts_own_and_the_report_comes_first(script, end):
     code, status = ENDS[end]
     path = script(TRAINING + code + "\n")
     plain = python(path, check=status)
-    ours = python(*COMMAND, path, check=status)
+    ours = python(*COMMAND, path, check=plain.returncode)
     assert ours.stdout == plain.stdout
     assert ours.stderr.endswith(plain.stderr), "the traceback, as it is without us"
     report = ours.stderr.removesuffix(plain.stderr)
@@ -100,19 +106,84 @@ def test_a_syntax_error_is_shown_as_python_shows_it(script):
     assert ours.stderr == f"{NOTHING}\n{plain.stderr}"
 
 
-def test_ctrl_c_kills_it_as_it_kills_python(script):
-    path = script(TRAINING + "time.sleep(60)\n")
-    command = [sys.executable, *COMMAND, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def interrupted(*arguments, again_at=None):
+    """Press Ctrl-C when the script has trained, and once more when it says so; return what comes of it."""
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "trained\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
+        seen = ""
+        for line in process.stderr if again_at is not None else ():
+            seen += line
+            if line == again_at:
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=180)
+    return process.returncode, out, seen + err
+
+
+def test_ctrl_c_ends_it_as_it_ends_python(script):
+    path = script(TRAINING + "time.sleep(60)\n")
+    plain_status, _, plain_err = interrupted(path)
+    status, _, err = interrupted(*COMMAND, path)
+    assert status == plain_status != 0
     assert len(ADVICE.findall(err)) == 1
     traceback = err[err.index("Traceback") :].splitlines()
     assert traceback[1].startswith(f'  File "{path}", line ')
-    assert traceback[-1] == "KeyboardInterrupt"
-    assert "mechanic_pytorch" not in err
+    assert traceback == plain_err.splitlines()
+
+
+def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tmp_path):
+    slow = "from mechanic_pytorch import _report\n"
+    slow += "_report._draw = lambda *_: (print('drawing', file=sys.stderr, flush=True), time.sleep(60))\n"
+    path = script(slow + TRAINING + "time.sleep(60)\n")
+    status, _, err = interrupted(*COMMAND, "--report", tmp_path / "report", path, again_at="drawing\n")
+    assert status != 0
+    assert len(ADVICE.findall(err)) == 1
+    last = err[err.index("drawing") :].splitlines()
+    assert last[1] == "mechanic: the report could not be finished. Got KeyboardInterrupt"
+    assert last[2:4] == ["Traceback (most recent call last):", last[3]]
+    assert last[3].startswith(f'  File "{path}", line ')
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["outcome"] == "KeyboardInterrupt"
+
+
+def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(_run, "show", lambda built: (signal.raise_signal(signal.SIGINT), print("shown")))
+    _run._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[]), directory=None), "finished")
+    assert capsys.readouterr().out == "shown\n"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_report_comes_after_what_the_script_has_printed_where_both_go_to_one_file(script, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    path = script(TRAINING.replace(", flush=True", ""))
+    with open(tmp_path / "log", "w") as log:
+        done = python(*COMMAND, path, capture_output=False, stdout=log, stderr=log, env=environment)
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert done.returncode == 0
+    assert lines[0] == "trained"
+    assert ADVICE.match(lines[-1])
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_forked_process_that_ends_like_the_script_does_not_report(script):
+    path = script(TRAINING + "if os.fork() == 0: sys.exit()\nos.wait()\n")
+    assert len(ADVICE.findall(python(*COMMAND, path, check=0).stderr)) == 1
+
+
+def test_on_a_terminal_the_report_begins_a_new_line_and_fits_into_it():
+    with patched() as built:
+        model = mlp()
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
+    for is_terminal in (True, False):
+        text = io.StringIO()
+        _report.show(built, Console(file=text, force_terminal=is_terminal, width=80))
+        lines = text.getvalue().splitlines()
+        assert (lines[0] == "") == is_terminal
+        assert len(lines) == 6 + is_terminal, "no cell is folded"
+        assert lines[-1].startswith("mechanic: to train without Mechanic, use SGD with lr=")
 
 
 # --- how it begins ----------------------------------------------------------------------------------------------------
@@ -164,12 +235,29 @@ def test_it_also_works_in_processes_that_the_script_spawns(script):
 # --- what it does -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory):
+    """Return a directory with the four files of MNIST, of scikit-learn's digits: the tests need no download."""
+    folder = tmp_path_factory.mktemp("mnist")
+    images, labels = load_digits(return_X_y=True)
+    images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3))).astype(np.uint8)
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    for part, which in {"train": slice(0, 1437), "t10k": slice(1437, None)}.items():
+        for name, array in {"images": images[which], "labels": labels[which].astype(np.uint8)}.items():
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            data = gzip.compress(header + array.tobytes(), compresslevel=1)
+            (folder / f"{part}-{name}-idx{array.ndim}-ubyte.gz").write_bytes(data)
+    return folder
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts_that_know_nothing_of_it_learn_at_a_useless_learning_rate(path):
+def test_scripts_that_know_nothing_of_it_learn_at_a_useless_learning_rate(path, mnist):
     assert "mechanic" not in path.read_text(encoding="utf-8").lower()
 
+    data = ["--data", mnist] if path.stem == "mnist_cnn" else []
+
     def last_loss(*arguments):
-        done = python(*arguments, "--epochs", "4", check=0, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = python(*arguments, *data, "--epochs", "4", check=0, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert arguments[0] == path or ADVICE.search(done.stderr)
         return float(re.findall(r"loss (\S+)", done.stdout)[-1])
 
@@ -196,7 +284,7 @@ def test_options_reach_the_tuner(script):
         f"MechanizedAdam {config} 0.001",
         "LBFGS None 1",
     ]
-    assert "mechanic: SGD has learned no learning rate in 0 steps" in done.stderr
+    assert "mechanic: SGD has learned no learning rate: its step() was never called" in done.stderr
     assert "mechanic: LBFGS was left as it is: it assumes" in done.stderr
     options = ["--s-init", "1e-6", "--s-decay", "0.1", "--betas", "0.9,0.99", "--eps", "1e-9", "--log-every", "2"]
     options += ["--no-skip-nonfinite", "--base-lr", "2", "--include", "LBFGS", "--exclude", "torch.optim.Adam"]
@@ -215,7 +303,7 @@ def test_optimizers_of_others_are_reported_and_may_be_named(script):
         TRAINING.replace("optimizer = torch.optim.AdamW", "class Mine(torch.optim.AdamW): pass\noptimizer = Mine")
     )
     done = python(*COMMAND, path, check=0)
-    reason = "it is not one of torch.optim; include __main__.Mine to mechanize it"
+    reason = "it is not one of torch.optim; include __main__.Mine to mechanize it, unless it wraps another optimizer"
     assert done.stderr.splitlines() == [NOTHING, f"mechanic: Mine was left as it is: {reason}"]
     done = python(*COMMAND, "--optimizer", "__main__.Mine", "--log-every", "10", path, check=0)
     assert ADVICE.findall(done.stderr)[0][0] == "Mine"
@@ -227,32 +315,147 @@ def test_a_script_without_an_optimizer_is_said_to_have_none(script):
     assert (done.stdout, done.stderr) == ("hello\n", f"{NOTHING}\n")
 
 
+ON_TWO_PROCESSES = """
+import torch, torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)))
+optimizer = OPTIMIZER
+for _ in range(20):
+    optimizer.zero_grad()
+    (model(torch.ones(2, 4) * (1 + dist.get_rank())) - 1).square().mean().backward()
+    optimizer.step()
+print(f"scale {float(getattr(optimizer, 'optim', optimizer).scale)!r}\\n", end="")
+dist.destroy_process_group()
+"""
+
+
 @pytest.mark.xdist_group("distributed")
-def test_under_torchrun_one_process_reports(script, tmp_path):
-    path = script(
-        "import torch, torch.distributed as dist\n"
-        "from torch.nn.parallel import DistributedDataParallel\n"
-        "dist.init_process_group('gloo')\n"
-        "torch.manual_seed(0)\n"
-        "model = DistributedDataParallel(torch.nn.Linear(4, 1))\n"
-        "optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)\n"
-        "for _ in range(20):\n"
-        "    optimizer.zero_grad()\n"
-        "    (model(torch.ones(2, 4) * (1 + dist.get_rank())) - 1).square().mean().backward()\n"
-        "    optimizer.step()\n"
-        "print(f'scale {float(optimizer.scale)!r}')\n"
-        "dist.destroy_process_group()\n"
-    )
+@pytest.mark.parametrize("layout", ["DDP", "ZeRO"])
+def test_under_torchrun_the_scale_is_the_same_everywhere_and_one_process_reports(script, tmp_path, layout):
+    optimizer = {
+        "DDP": "torch.optim.SGD(model.parameters(), lr=1e-5)",
+        "ZeRO": "ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.SGD, lr=1e-5)",
+    }[layout]
+    path = script(ON_TWO_PROCESSES.replace("OPTIMIZER", optimizer))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, *COMMAND, "--report", str(tmp_path / "report"), str(path)]
+    options = ["--report", tmp_path / "report", *(["--process-group", "world"] if layout == "ZeRO" else [])]
+    command = [sys.executable, *torchrun, *COMMAND, *map(str, options), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     scales = re.findall(r"scale (\S+)", done.stdout)
     assert len(scales) == 2
     assert scales[0] == scales[1]
     assert len(ADVICE.findall(done.stderr)) == 1
-    assert len(json.loads((tmp_path / "report" / "report.json").read_text())["optimizers"]) == 1
+    optimizers = json.loads((tmp_path / "report" / "report.json").read_text())["optimizers"]
+    assert [one["mechanized"] for one in optimizers] == [True] + [False] * (layout == "ZeRO")
+
+
+@pytest.mark.parametrize("launcher", [None, *_run._RANKS])
+def test_all_processes_are_mechanized_or_none(monkeypatch, launcher):
+    """If the script starts the others by itself, they know nothing of us."""
+    for name in _run._RANKS:
+        monkeypatch.delenv(name, raising=False)
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "1")
+    assert _run._reports() == (launcher is None)
+    patch = _run._ScriptPatch(None, (), (), {}, over_world=False, records_curves=False)
+    assert patch.reason_against(torch.optim.SGD) is None
+    monkeypatch.setattr(_run, "_world_size", lambda: 2)
+    reason = patch.reason_against(torch.optim.SGD)
+    if launcher is None:
+        assert reason.endswith("use torchrun --nproc-per-node 2 -m mechanic_pytorch run")
+    else:
+        assert reason is None
+
+
+# --- the report in words ----------------------------------------------------------------------------------------------
+
+
+def shown(built):
+    text = io.StringIO()
+    _report.show(built, Console(file=text, width=80))
+    return text.getvalue().splitlines()
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def trained(lrs, steps=20, cls=torch.optim.SGD):
+    """Return an optimizer that was trained, with a group for each lr."""
+    optimizer = cls([{"params": [torch.ones(3, requires_grad=True)], "lr": lr} for lr in lrs])
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = group["params"][0].detach() + 1
+        optimizer.step()
+    return optimizer
+
+
+def test_optimizers_of_one_class_are_numbered():
+    with patched() as built:
+        trained([1e-3], cls=torch.optim.Adam)
+        trained([2e-3], cls=torch.optim.Adam)
+        trained([1.0])
+    lines = shown(built)
+    assert [cells(line)[0] for line in lines[3:6]] == ["Adam 1", "Adam 2", "SGD"]
+    rates = [cells(line)[-1] for line in lines[3:6]]
+    assert lines[-3:] == [
+        f"mechanic: to train without Mechanic, use Adam with lr={rates[0]} (Adam 1)",
+        f"mechanic: to train without Mechanic, use Adam with lr={rates[1]} (Adam 2)",
+        f"mechanic: to train without Mechanic, use SGD with lr={rates[2]}",
+    ]
+
+
+def test_groups_are_told_apart_where_they_differ():
+    def rows_and_sentence(lrs):
+        with patched() as built:
+            trained(lrs)
+        *lines, sentence = shown(built)
+        rows = [cells(line) for line in lines[3:-1]]
+        assert rows[0][:3] == ["SGD", "20", "0"]
+        assert all(row[:3] == ["", "", ""] for row in rows[1:])
+        return [row[3:] for row in rows], sentence.removeprefix("mechanic: to train without Mechanic, use SGD with ")
+
+    ((groups, script_lr, learned),), sentence = rows_and_sentence([0.1] * 30)
+    assert (groups, script_lr, sentence) == ("0-29", "1.0e-01", f"lr={learned}")
+    ((a, _, lr_a), (b, _, lr_b)), sentence = rows_and_sentence([0.1, 0.1, 0.01, 0.1])
+    assert (a, b) == ("0-1, 3", "2")
+    assert float(lr_a) == pytest.approx(10 * float(lr_b), rel=0.02)
+    assert sentence == f"lr={lr_a} in groups 0-1, 3, lr={lr_b} in group 2"
+    rows, sentence = rows_and_sentence([0.1 * 0.8**i for i in range(30)])
+    assert [row[0] for row in rows] == [str(i) for i in range(30)]
+    assert sentence == f"lr={rows[-1][2]} to {rows[0][2]}, by group as listed"
+
+
+def test_with_base_lr_the_table_has_the_lr_of_the_script_and_the_sentence_the_same_advice():
+    learned = []
+    for base_lr in (None, 1.0):
+        with patched(base_lr=base_lr) as built:
+            trained([1e-3])
+        row = cells(shown(built)[3])
+        assert row[4] == "1.0e-03"
+        learned.append(float(row[5]))
+    assert learned[0] == pytest.approx(learned[1], rel=0.03)
+
+
+def test_it_says_why_nothing_was_learned():
+    p = torch.ones(3, requires_grad=True)
+    with patched() as built:
+        _, bad, idle = (torch.optim.SGD([p], lr=0.1) for _ in range(3))
+    for optimizer, value in ((bad, torch.nan), (idle, 0.0)):
+        p.grad = torch.full((3,), value)
+        optimizer.step()
+        optimizer.step()
+    said = "mechanic: SGD {} has learned no learning rate: {}"
+    assert shown(built)[-3:] == [
+        said.format(1, "its step() was never called, or no parameter had a gradient"),
+        said.format(2, "every step was skipped, for a gradient was inf or nan"),
+        said.format(3, "nothing has moved in 2 steps"),
+    ]
 
 
 # --- the report in a directory ----------------------------------------------------------------------------------------
@@ -291,7 +494,7 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path):
     assert adamw["loss"] == []
     assert [group["script_lr"] for group in sgd["groups"]] == [0.1, 0.05]
     assert all(a == pytest.approx(2 * b) for _, (a, b) in sgd["effective_lr"])
-    assert re.fullmatch(r"to train without Mechanic, use SGD with lr=\S+, \S+ in its groups", sgd["advice"])
+    assert re.fullmatch(r"to train without Mechanic, use SGD with lr=\S+ in group 0, lr=\S+ in group 1", sgd["advice"])
     assert [step for step, _ in sgd["loss"]] == [1, 2, 3, 4, 5]
     assert sgd["loss"][0][1] > sgd["loss"][-1][1] > 0
     assert (lbfgs["mechanized"], lbfgs["steps"], lbfgs["groups"]) == (
@@ -330,35 +533,70 @@ def test_curves_are_bounded(monkeypatch):
     assert len(record.effective_lr()) <= 8
 
 
-def test_tensorboard_gets_every_curve_if_it_is_there_and_is_asked_for_if_not(monkeypatch, tmp_path):
-    built, records, losses = record_of_training(3, closure=True)
+def scalars(directory):
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_curve_and_no_earlier_one(tmp_path):
+    for steps in (5, 3):
+        built, records, losses = record_of_training(steps, closure=True)
+        assert _report.write(tmp_path, built, records, {}) == []
+    (record,) = records.values()
+    expected = {
+        "AdamW/effective lr": [(step, lr) for step, (lr,) in record.effective_lr()],
+        "AdamW/loss": list(enumerate(losses, 1)),
+    }
+    logged = scalars(tmp_path)
+    assert logged.keys() == expected.keys()
+    for tag, curve in expected.items():
+        assert [step for step, _ in logged[tag]] == [step for step, _ in curve] == [1, 2, 3]
+        assert [value for _, value in logged[tag]] == pytest.approx([value for _, value in curve], rel=1e-6)  # float32
+
+
+def test_tensorboard_is_asked_for_if_it_is_not_there(monkeypatch, tmp_path):
+    built, records, _ = record_of_training(3, closure=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert _report.write(tmp_path, built, records, {}) == [
         "no TensorBoard log: tensorboard is not installed. Remedy: pip install tensorboard"
     ]
-    scalars = []
 
-    class SummaryWriter:
-        def __init__(self, directory):
-            assert directory == str(tmp_path / "tensorboard")
 
-        def __enter__(self):
-            return self
+def test_groups_of_one_lr_share_a_curve_and_late_ones_begin_late(tmp_path):
+    with patched() as built:
+        optimizer = trained([0.1, 0.1, 0.01], steps=0)
+        record = _report.Record(optimizer)
+        for steps in (2, 3):
+            for _ in range(steps):
+                for group in optimizer.param_groups:
+                    group["params"][0].grad = torch.ones(3)
+                optimizer.step()
+            optimizer.add_param_group({"params": [torch.ones(3, requires_grad=True)], "lr": 0.1})
+    _report.write(tmp_path, built, {built[0]: record}, {})
+    logged = scalars(tmp_path)
+    assert {tag: [step for step, _ in curve] for tag, curve in logged.items()} == {
+        "SGD/effective lr, groups 0-1": [1, 2, 3, 4, 5],
+        "SGD/effective lr, group 2": [1, 2, 3, 4, 5],
+        "SGD/effective lr, group 3": [3, 4, 5],
+    }
 
-        def __exit__(self, *_):
-            scalars.append("closed")
 
-        def add_scalar(self, *scalar):
-            scalars.append(scalar)
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    assert _report.write(tmp_path, built, records, {}) == []
-    (record,) = records.values()
-    assert scalars == [
-        *(("0 AdamW/effective lr", lr, step) for step, (lr,) in record.effective_lr()),
-        *(("0 AdamW/loss", loss, step) for step, loss in enumerate(losses, 1)),
-        "closed",
-    ]
+def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(_report, "PANELS", 2)
+    records = {}
+    with patched() as built:
+        for i in range(3):
+            record = _report.Record(optimizer := trained([0.1 * 0.8**j for j in range(30)], steps=0))
+            records[built[i]] = record
+            for _ in range(3):
+                for group in optimizer.param_groups:
+                    group["params"][0].grad = torch.ones(3)
+                optimizer.step()
+    problems = _report.write(tmp_path, built, records, {})
+    assert problems == ["the picture shows the first 2 optimizers of 3; report.json has all"]
+    assert image.imread(tmp_path / "effective_lr.png").shape[:2] == (960, 1200)
+    assert len(scalars(tmp_path)) == 90
 
 
 def test_numbers_that_json_does_not_know_become_null(tmp_path):
@@ -372,7 +610,9 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
 def test_nothing_is_drawn_of_a_run_without_steps(tmp_path):
     with patched() as built:
         torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
-    assert _report.write(tmp_path, built, {}, {}) == ["no picture: no step was recorded"]
+    assert _report.write(tmp_path, built, {}, {}) == [
+        "no picture: no step was recorded, as those of a compiled optimizer.step are not"
+    ]
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -384,7 +624,7 @@ def test_nothing_is_drawn_of_a_run_without_steps(tmp_path):
     [
         (["missing.py"], "'missing.py' does not exist."),
         (["--s-init", "0", __file__], "mechanize: s_init must be 'auto' or a finite number > 0. Got 0.0. Remedy:"),
-        (["--s-init", "automatic", __file__], "'automatic' is neither 'auto' nor a number."),
+        (["--s-init", "automatic", __file__], "'automatic' is not 'auto' or a number."),
         (["--base-lr", "-1", __file__], "patched: base_lr must be a finite number > 0, or None. Got -1.0. Remedy:"),
         (["--betas", "0.9;0.99", __file__], "'0.9;0.99' is not a list of numbers such as 0.9,0.99."),
         (["--report", __file__, __file__], "is a file"),
@@ -408,8 +648,8 @@ def test_help_names_every_option_of_mechanize_and_keeps_the_examples_on_their_li
     text = capsys.readouterr().out
     assert text.startswith("Usage: mechanic run [OPTIONS] SCRIPT [ARGS]...\n")
     assert "\n    mechanic run train.py --epochs 10\n" in text
-    for option in ("--s-init", "--s-decay", "--betas", "--eps", "--log-every", "--skip-nonfinite"):
-        assert option in text
+    ours = ("--s-init", "--s-decay", "--betas", "--eps", "--log-every", "--skip-nonfinite", "--process-group")
+    assert all(option in text for option in ours)
 
 
 @pytest.mark.parametrize("missing", ["click", "rich"])

@@ -172,7 +172,6 @@ class _Patch:
         include: Iterable[Named],
         exclude: Iterable[Named],
         options: dict[str, Any],
-        on_built: Callable[[Optimizer, Built], None] | None = None,
     ) -> None:
         mechanize(torch.optim.SGD, **options)  # refuses what is wrong with them
         rule = "patched: base_lr must be a finite number > 0, or None."
@@ -184,7 +183,6 @@ class _Patch:
         self.base_lr = None if base_lr is None else float(base_lr)
         self.include, self.exclude = _names("include", include), _names("exclude", exclude)
         self.options = options
-        self.on_built = on_built
         self.built: list[Built] = []
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
@@ -196,10 +194,19 @@ class _Patch:
         if any(_bears(cls, name) for name in self.include):
             return None
         if not is_torchs(cls):
-            return f"it is not one of torch.optim; include {cls.__module__}.{cls.__qualname__} to mechanize it"
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            return f"it is not one of torch.optim; include {name} to mechanize it, unless it wraps another optimizer"
         if issubclass(cls, torch.optim.LBFGS):
             return "it assumes that it owns its steps; include LBFGS to mechanize it all the same"
         return None
+
+    def mechanized(self, base: type[Optimizer]) -> type[Optimizer]:
+        """Return the class to take in the place of this one."""
+        return mechanize(base, **self.options)
+
+    def add(self, optimizer: Optimizer, one: Built) -> None:
+        """List an optimizer that was built."""
+        self.built.append(one)
 
 
 def is_torchs(cls: type[Optimizer]) -> bool:
@@ -271,7 +278,7 @@ def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: _Init, 
         params, put_back = _kept(params)
         attributes = dict(vars(self))
         try:
-            _change_class(self, mechanize(base, **patch.options))
+            _change_class(self, patch.mechanized(base))
             init(self, params, defaults)
         except Exception as refusal:
             reason = str(refusal)
@@ -285,9 +292,7 @@ def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: _Init, 
     if patch.base_lr is not None and reason is None:
         one.rescale(self, patch.base_lr)
     for each in patches:
-        each.built.append(one)
-        if each.on_built is not None:
-            each.on_built(self, one)
+        each.add(self, one)
 
 
 def _change_class(self: Optimizer, mechanized: type[Optimizer]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from mechanic_pytorch._patch import Built, is_torchs
 from mechanic_pytorch.telemetry import Trace
 
 CAPACITY = 1000  # points per curve
+PANELS = 20  # optimizers in the picture
+COLORS = 10  # curves that the default colors tell apart
 
 
 class Record:
@@ -73,13 +76,31 @@ class Record:
             self._losses = [(step, loss) for step, loss in self._losses if step % self._stride == 0]
 
 
-def advice(one: Built) -> str | None:
+def names(built: Iterable[Built]) -> dict[Built, str]:
+    """Return what to call each of them: its class, with a number where there are several of that class."""
+    classes = [one.base.__name__ for one in built]
+    total, so_far = Counter(classes), Counter[str]()
+    called = {}
+    for one, name in zip(built, classes, strict=True):
+        so_far[name] += 1
+        called[one] = name if total[name] == 1 else f"{name} {so_far[name]}"
+    return called
+
+
+def advice(one: Built, name: str) -> str | None:
     """Return the sentence that says how to go on without Mechanic, or None if it was never told."""
     learned = [f"{lr:.1e}" for lr in one.learned_lr()]
     if not any(map(float, learned)):
         return None
-    values = learned[0] if len(set(learned)) == 1 else f"{', '.join(learned)} in its groups"
-    return f"to train without Mechanic, use {one.base.__name__} with lr={values}"
+    by_value = _alike(learned)
+    if len(by_value) == 1:
+        values = f"lr={learned[0]}"
+    elif len(by_value) <= 4:
+        values = ", ".join(f"lr={value} in {_groups(which)}" for value, which in by_value.items())
+    else:
+        values = f"lr={min(learned, key=float)} to {max(learned, key=float)}, by group as listed"
+    which_one = "" if name == one.base.__name__ else f" ({name})"
+    return f"to train without Mechanic, use {one.base.__name__} with {values}{which_one}"
 
 
 def show(built: Sequence[Built], console: Console | None = None) -> None:
@@ -89,48 +110,95 @@ def show(built: Sequence[Built], console: Console | None = None) -> None:
     def say(line: str) -> None:
         console.print(Text(f"mechanic: {line}"), soft_wrap=True)
 
+    if console.is_terminal:
+        console.print()  # the line there may hold half a progress bar, or ^C
+    called = names(built)
     if not any(one.is_mechanized or is_torchs(one.base) for one in built):
         say("no torch.optim optimizer was built in this process")
     mechanized = [one for one in built if one.is_mechanized]
     if mechanized:
-        table = Table("optimizer", "steps", "skipped", "group", "lr of the script", "learned peak lr", highlight=False)
+        table = Table("optimizer", "steps", "skipped", "group", "script's lr", "learned peak lr", highlight=False)
         for one in mechanized:
-            who = [one.base.__name__, str(one.steps), str(one.skipped_steps)]
-            for i, (lr, learned) in enumerate(zip(one.script_lrs, one.learned_lr(), strict=True)):
-                table.add_row(*(who if i == 0 else [""] * 3), str(i), f"{lr:.1e}", f"{learned:.1e}")
+            who = [called[one], str(one.steps), str(one.skipped_steps)]
+            rows = [(f"{a:.1e}", f"{b:.1e}") for a, b in zip(one.script_lrs, one.learned_lr(), strict=True)]
+            for values, which in _alike(rows).items():
+                table.add_row(*who, _ranges(which), *values)
+                who = [""] * 3
         console.print(table)
     for one in mechanized:
-        say(advice(one) or f"{one.base.__name__} has learned no learning rate in {one.steps} steps")
+        say(advice(one, called[one]) or f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
     for reason in dict.fromkeys(f"{one.base.__name__} was left as it is: {one.reason}" for one in built if one.reason):
         say(reason)
+
+
+def _why_nothing(one: Built) -> str:
+    if one.steps == 0:
+        return "its step() was never called, or no parameter had a gradient"
+    if one.steps == one.skipped_steps:
+        return "every step was skipped, for a gradient was inf or nan"
+    return f"nothing has moved in {one.steps} steps"
+
+
+def _alike(values: Iterable[Hashable]) -> dict[Any, list[int]]:
+    """Return the numbers of the groups that have each value."""
+    found: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        found.setdefault(value, []).append(i)
+    return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return "0-2, 5" for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for i in numbers:
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _groups(numbers: Sequence[int]) -> str:
+    return f"group{'s' if len(numbers) > 1 else ''} {_ranges(numbers)}"
 
 
 def write(
     directory: Path, built: Sequence[Built], records: Mapping[Built, Record], facts: Mapping[str, Any]
 ) -> list[str]:
-    """Write report.json, effective_lr.png and a TensorBoard log; return what could not be written, and why."""
-    optimizers = [_as_json(one, records.get(one)) for one in built]
+    """Write report.json, effective_lr.png and a TensorBoard log, in the place of earlier ones.
+
+    Returns:
+        What could not be written, and why.
+    """
+    picture, log = directory / "effective_lr.png", directory / "tensorboard"
+    for old in (picture, *log.glob("events.out.tfevents.*")):
+        old.unlink(missing_ok=True)
+    optimizers = [_as_json(one, name, records.get(one)) for one, name in names(built).items()]
     versions = {"mechanic_pytorch": version("mechanic-pytorch"), "torch": torch.__version__}
     text = json.dumps(_finite({**facts, "versions": versions, "optimizers": optimizers}), indent=2, allow_nan=False)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
-    curves = [one for one in optimizers if one["effective_lr"]]
-    if not curves:
-        return ["no picture: no step was recorded"]
-    _draw(directory / "effective_lr.png", curves)
-    return _log_for_tensorboard(directory / "tensorboard", curves)
+    recorded = [one for one in optimizers if one["effective_lr"]]
+    if not recorded:
+        return ["no picture: no step was recorded, as those of a compiled optimizer.step are not"]
+    _draw(picture, recorded[:PANELS])
+    problems = _log_for_tensorboard(log, recorded)
+    if len(recorded) > PANELS:
+        problems.append(f"the picture shows the first {PANELS} optimizers of {len(recorded)}; report.json has all")
+    return problems
 
 
-def _as_json(one: Built, record: Record | None) -> dict[str, Any]:
+def _as_json(one: Built, name: str, record: Record | None) -> dict[str, Any]:
     learned: Sequence[float | None] = one.learned_lr() or [None] * len(one.script_lrs)
     groups = [{"script_lr": a, "learned_lr": b} for a, b in zip(one.script_lrs, learned, strict=True)]
     return {
+        "name": name,
         "class": f"{one.base.__module__}.{one.base.__qualname__}",
         "mechanized": one.is_mechanized,
         "reason": one.reason,
         "steps": one.steps if one.is_mechanized else None,
         "skipped_steps": one.skipped_steps if one.is_mechanized else None,
         "groups": groups,
-        "advice": advice(one),
+        "advice": advice(one, name),
         "effective_lr": record.effective_lr() if record else [],
         "loss": record.losses() if record else [],
     }
@@ -145,30 +213,37 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _curves(one: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the effective lr of each group, by name; groups that came later have no beginning."""
-    widest = max(len(values) for _, values in one["effective_lr"])
-    curves = {}
-    for i in range(widest):
-        name = "effective lr" if widest == 1 else f"effective lr, group {i}"
-        curves[name] = [values[i] if i < len(values) else math.nan for _, values in one["effective_lr"]]
-    return curves
+def _curves(one: dict[str, Any]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Return the effective lr over steps, by name; one curve for all groups that have the same."""
+    rows = one["effective_lr"]
+    of_groups = (
+        tuple((step, values[i]) for step, values in rows if i < len(values))  # a group may come later
+        for i in range(max(len(values) for _, values in rows))
+    )
+    curves = _alike(of_groups)
+    if len(curves) == 1:
+        return {"effective lr": next(iter(curves))}
+    return {f"effective lr, {_groups(which)}": curve for curve, which in curves.items()}
 
 
 def _draw(path: Path, optimizers: Sequence[dict[str, Any]]) -> None:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot, whose state is the script's
 
     figure = Figure(figsize=(8, 3.2 * len(optimizers)), layout="constrained")
     for axes, one in zip(figure.subplots(len(optimizers), squeeze=False)[:, 0], optimizers, strict=True):
-        steps = [step for step, _ in one["effective_lr"]]
-        for name, values in _curves(one).items():
-            axes.plot(steps, values, label=name)
-        if any(value > 0 for values in _curves(one).values() for value in values):
+        curves = _curves(one)
+        last = len(curves) - 1
+        for i, (name, curve) in enumerate(curves.items()):
+            many = last >= COLORS  # then the colors run from the first to the last, which alone are named
+            color = colormaps["viridis"](i / last) if many else f"C{i}"
+            axes.plot(*zip(*curve, strict=True), color=color, label=None if many and 0 < i < last else name)
+        if any(value > 0 for curve in curves.values() for _, value in curve):
             axes.set_yscale("log", nonpositive="mask")
-        axes.set_title(one["class"].rpartition(".")[2])
+        axes.set_title(one["name"])
         axes.set_xlabel("step")
         axes.set_ylabel("effective lr")
-        if len(_curves(one)) > 1:
+        if last > 0:
             axes.legend()
         if one["loss"]:
             other = axes.twinx()
@@ -183,11 +258,9 @@ def _log_for_tensorboard(directory: Path, optimizers: Sequence[dict[str, Any]]) 
     except ImportError:
         return ["no TensorBoard log: tensorboard is not installed. Remedy: pip install tensorboard"]
     with SummaryWriter(str(directory)) as writer:
-        for i, one in enumerate(optimizers):
-            who = f"{i} {one['class'].rpartition('.')[2]}"
-            for name, values in _curves(one).items():
-                for (step, _), value in zip(one["effective_lr"], values, strict=True):
-                    writer.add_scalar(f"{who}/{name}", value, step)
-            for step, loss in one["loss"]:
-                writer.add_scalar(f"{who}/loss", loss, step)
+        for one in optimizers:
+            curves = {**_curves(one), "loss": one["loss"]}
+            for name, curve in curves.items():
+                for step, value in curve:
+                    writer.add_scalar(f"{one['name']}/{name}", value, step)
     return []

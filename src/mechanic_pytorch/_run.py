@@ -9,9 +9,11 @@ from __future__ import annotations
 import builtins
 import os
 import runpy
+import signal
 import sys
 import zipfile
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
@@ -20,11 +22,47 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import click
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._patch import Built, _Patch, _patching
 from mechanic_pytorch._report import Record, show, write
+
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
+
+
+class _ScriptPatch(_Patch):
+    """What the command asks of the optimizers that a script builds."""
+
+    def __init__(self, *of_patch: Any, over_world: bool, records_curves: bool) -> None:
+        super().__init__(*of_patch)
+        self.records: dict[Built, Record] = {}
+        self._over_world = over_world
+        self._records_curves = records_curves
+        self._was_launched = _rank() is not None
+
+    def reason_against(self, cls: type[Optimizer]) -> str | None:
+        """Leave all plain in a script that makes processes by itself, for there nothing mechanizes the others' part."""
+        reason = super().reason_against(cls)
+        if reason is None and not self._was_launched and _world_size() > 1:
+            return (
+                "the script has started other processes by itself, and they train plainly; "
+                f"use torchrun --nproc-per-node {_world_size()} -m mechanic_pytorch run"
+            )
+        return reason
+
+    def mechanized(self, base: type[Optimizer]) -> type[Optimizer]:
+        """Name the group, which is there only now."""
+        if self._over_world and _world_size() > 1:
+            self.options["process_group"] = dist.group.WORLD
+        return super().mechanized(base)
+
+    def add(self, optimizer: Optimizer, one: Built) -> None:
+        """Begin its curves, too."""
+        super().add(optimizer, one)
+        if one.is_mechanized and self._records_curves and _reports():
+            self.records[one] = Record(optimizer)
 
 
 @dataclass(frozen=True)
@@ -34,38 +72,27 @@ class _Job:
     target: str
     is_module: bool
     arguments: tuple[str, ...]
-    patch: _Patch
+    patch: _ScriptPatch
     directory: Path | None
-    records: dict[Built, Record]
 
 
-class _NumberOr(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
-    """A number, or one word."""
+def _reading(read: Callable[[str], Any], rule: str) -> Callable[[str], Any]:
+    """Return a function that reads a value of the command line, for click."""
 
-    def __init__(self, word: str) -> None:
-        self.word = self.name = word
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == self.word:
-            return value
+    def convert(text: str) -> Any:
         try:
-            return float(value)
+            return read(text)
         except ValueError:
-            self.fail(f"{value!r} is neither {self.word!r} nor a number.", param, ctx)
+            raise click.BadParameter(f"{text!r} is not {rule}.") from None
+
+    return convert
 
 
-class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
-    """Numbers with commas between them."""
+def _number_or(word: str) -> Callable[[str], Any]:
+    return _reading(lambda text: text if text == word else float(text), f"{word!r} or a number")
 
-    name = "NUMBER,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.9,0.99.", param, ctx)
+_numbers = _reading(lambda text: tuple(float(part) for part in text.split(",")), "a list of numbers such as 0.9,0.99")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,7 +107,7 @@ def _mechanic() -> None:
 @click.option("-m", "--module", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
 @click.option(
     "--base-lr",
-    type=_NumberOr("keep"),
+    type=_number_or("keep"),
     metavar="keep|NUMBER",
     default="keep",
     show_default=True,
@@ -103,14 +130,21 @@ def _mechanic() -> None:
 )
 @click.option(
     "--s-init",
-    type=_NumberOr("auto"),
+    type=_number_or("auto"),
     metavar="auto|NUMBER",
     default="auto",
     show_default=True,
     help="Initial scale; auto measures it at the first update.",
 )
 @click.option("--s-decay", type=float, default=Config.s_decay, show_default=True, help="Weight decay in the tuner.")
-@click.option("--betas", type=_Numbers(), default=Config.betas, help="Discount factors of the tuner, as for mechanize.")
+@click.option(
+    "--betas",
+    type=_numbers,
+    metavar="NUMBER,...",
+    default=",".join(map(str, Config.betas)),
+    show_default=True,
+    help="Discount factors of the tuner.",
+)
 @click.option("--eps", type=float, default=Config.eps, show_default=True, help="Added to the tuner's denominator.")
 @click.option("--log-every", type=int, metavar="STEPS", default=0, help="Print the scale every so many steps.")
 @click.option(
@@ -118,6 +152,11 @@ def _mechanic() -> None:
     default=True,
     show_default=True,
     help="Skip steps whose gradient is inf or nan.",
+)
+@click.option(
+    "--process-group",
+    type=click.Choice(["world"]),
+    help="All processes together hold one model, in parts: FSDP1, ZeroRedundancyOptimizer.",
 )
 def _run(
     script: str,
@@ -127,6 +166,7 @@ def _run(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     directory: Path | None,
+    process_group: str | None,
     **options: Any,
 ) -> _Job:
     """Run a training script with mechanized optimizers, and say which learning rate they found.
@@ -150,19 +190,20 @@ def _run(
         except OSError as error:
             raise click.BadParameter(f"cannot be made: {error}", param_hint="--report") from None
         directory = directory.resolve()  # the script may change to another one
-    records: dict[Built, Record] = {}
-
-    def record(optimizer: Optimizer, one: Built) -> None:
-        if one.is_mechanized and directory is not None and _reports():
-            records[one] = Record(optimizer)
-
-    log = _log if options["log_every"] else None
+    number = None if isinstance(base_lr, str) else base_lr
+    options["log_func"] = _log if options["log_every"] else None
     try:
-        number = None if isinstance(base_lr, str) else base_lr
-        patch = _Patch(number, include, exclude, {**options, "log_func": log}, on_built=record)
+        patch = _ScriptPatch(
+            number,
+            include,
+            exclude,
+            options,
+            over_world=process_group is not None,
+            records_curves=directory is not None,
+        )
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    return _Job(script, is_module, args, patch, directory, records)
+    return _Job(script, is_module, args, patch, directory)
 
 
 def _log(data: dict[str, Any]) -> None:
@@ -180,17 +221,17 @@ def main() -> None:
         sys.exit(error.exit_code)
     if not isinstance(job, _Job):
         sys.exit(job)  # --help and --version have printed what they had to
-    outcome = "finished"
+    outcome, process = "finished", os.getpid()
     try:
         with _patching(job.patch):
             _execute(job)
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        outcome = _in_words(error)
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
         raise
     finally:
-        if _reports():
+        if _reports() and os.getpid() == process:  # not one that the script has forked
             _report(job, outcome)
 
 
@@ -221,21 +262,50 @@ def _execute(job: _Job) -> None:
 def _report(job: _Job, outcome: str) -> None:
     """Show it, and write it; whatever goes wrong with that must not change how the script ends."""
     try:
-        show(job.patch.built)
+        with suppress(Exception):
+            sys.stdout.flush()  # else, where both go to one file, what the script has printed may come after the report
+        with _deaf_to_interrupts():
+            show(job.patch.built)
         if job.directory is not None:
             command = [*(["-m"] if job.is_module else []), job.target, *job.arguments]
             facts = {"command": command, "outcome": outcome}
-            for problem in write(job.directory, job.patch.built, job.records, facts):
+            for problem in write(job.directory, job.patch.built, job.patch.records, facts):
                 click.echo(f"mechanic: {problem}", err=True)
             click.echo(f"mechanic: report in {job.directory}", err=True)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         with suppress(Exception):
-            click.echo(f"mechanic: the report cannot be made. Got {type(error).__name__}: {error}", err=True)
+            click.echo(f"mechanic: the report could not be finished. Got {_in_words(error)}", err=True)
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C: torchrun sends its processes one more, just after that of the terminal."""
+    before = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # in another thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, before)
+
+
+def _rank() -> str | None:
+    """Return the number that a launcher gave this process, or None if none has launched it."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), None)
 
 
 def _reports() -> bool:
-    """Tell whether this process speaks for all of them; torchrun and its like number them."""
-    return os.environ.get("RANK", "0") == "0"
+    """Tell whether this process speaks for all of them."""
+    return _rank() in (None, "0")
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _show_only_frames_of_script() -> None:

@@ -1,5 +1,6 @@
 """Training loops of other packages, which build their optimizers by themselves, under `patched` and `mechanic run`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -107,26 +108,81 @@ def test_accelerate():
 
 
 def test_skorch():
-    skorch = pytest.importorskip(
-        "skorch", reason="not among the development dependencies; tested where it is installed"
-    )
-    torch.manual_seed(0)
+    from skorch import NeuralNetRegressor
+
     x = torch.randn(64, 4)
-    net = skorch.NeuralNetRegressor(
-        torch.nn.Linear, module__in_features=4, module__out_features=1, lr=1e-6, max_epochs=20, verbose=0
-    )
+    y = x.sum(1, keepdim=True)
+
+    def fit():
+        torch.manual_seed(0)
+        net = NeuralNetRegressor(
+            torch.nn.Linear, module__in_features=4, module__out_features=1, lr=1e-6, max_epochs=40, verbose=0
+        )
+        net.fit(x.numpy(), y.numpy())
+        return net, (torch.from_numpy(net.predict(x.numpy())) - y).square().mean()
+
     with patched() as built:
-        net.fit(x.numpy(), x.sum(1, keepdim=True).numpy())
+        net, loss = fit()
     assert is_mechanized(net.optimizer_)
-    assert built[-1].learned_lr()[0] > 1e-4
+    assert [(one.base, one.script_lrs) for one in built] == [(torch.optim.SGD, [1e-6])]
+    assert built[0].steps == 40
+    assert built[0].learned_lr()[0] > 1e-3
+    assert loss < fit()[1] / 10
 
 
-def test_stable_baselines3():
-    sb3 = pytest.importorskip(
-        "stable_baselines3", reason="not among the development dependencies; tested where it is installed"
-    )
+def test_stable_baselines3(tmp_path):
+    from stable_baselines3 import PPO
+
     with patched() as built:
-        model = sb3.PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, device="cpu", seed=0)
+        model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32, n_epochs=3, device="cpu", seed=0)
         model.learn(128)
-    assert is_mechanized(model.policy.optimizer)
-    assert built[0].steps > 0
+        model.save(tmp_path / "model")
+        again = PPO.load(tmp_path / "model", device="cpu")
+    first, second = model.policy.optimizer, again.policy.optimizer
+    assert is_mechanized(first)
+    assert is_mechanized(second)
+    assert built[0].base is torch.optim.Adam
+    assert built[0].steps == 2 * 3 * 64 / 32
+    assert built[0].learned_lr()[0] > 0
+    assert second.learned_lr() == first.learned_lr()
+    assert torch.equal(second.scale, first.scale)
+
+
+LIGHTNING_THAT_STARTS_PROCESSES = """
+import os, torch
+from lightning import LightningModule, Trainer
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, x, _):
+        return self.net(x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def on_train_end(self):
+        os.write(1, f"{type(self.optimizers().optimizer).__name__} {self.net.weight.tolist()}\\n".encode())
+
+torch.manual_seed(0)
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_progress_bar=False,
+                  enable_checkpointing=False, enable_model_summary=False)
+trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(16, 4), 4))
+"""
+
+
+@pytest.mark.xdist_group("distributed")
+def test_processes_that_lightning_starts_train_like_the_first_one(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(LIGHTNING_THAT_STARTS_PROCESSES, encoding="utf-8")
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in launched}
+    command = [sys.executable, "-m", "mechanic_pytorch", "run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    weights = re.findall(r"^AdamW (.*)$", done.stdout, re.MULTILINE)
+    assert len(weights) == 2, done.stdout
+    assert weights[0] == weights[1]
+    assert "use torchrun --nproc-per-node 2 -m mechanic_pytorch run" in done.stderr
