@@ -18,7 +18,7 @@ ALLOWED = {
     "_config": set(),
     "_fused": {"_base", "_buckets", "distributed", "kernels"},
     "_patch": {"_base", "_state", "mechanic"},
-    "_report": {"_patch", "telemetry"},
+    "_report": {"_base", "_patch", "telemetry"},
     "_run": {"_config", "_patch", "_report"},
     "_start": {"_base", "_buckets", "_state", "distributed"},
     "_state": {"_config", "distributed"},
@@ -27,7 +27,7 @@ ALLOWED = {
     "kernels": set(),
     "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_start", "_state", "_warnings", "distributed"},
     "optim": {"_classes", "mechanic"},
-    "telemetry": {"mechanic"},
+    "telemetry": {"_base", "_state", "mechanic"},
 }
 # What the extra `run` brings; only the command imports these files.
 OF_THE_COMMAND = {"_report.py": {"matplotlib", "rich"}, "_run.py": {"click"}}
