@@ -1,9 +1,4 @@
-"""Hugging Face Trainer: the learned learning rate beside the one of the schedule.
-
-Example:
-    >>> from transformers import TrainingArguments
-    >>> callbacks = [MechanicCallback()]  # Trainer(..., callbacks=callbacks)
-"""
+"""Hugging Face Trainer: the learned learning rate beside the one of the schedule."""
 
 from __future__ import annotations
 
@@ -29,6 +24,11 @@ class MechanicCallback(TrainerCallback):
 
     Raises:
         TypeError: a step was made, and the optimizer is not mechanized.
+
+    Example:
+        >>> from mechanic_pytorch import optim
+        >>> mechanic = {"optimizer_cls_and_kwargs": (optim.AdamW, {"lr": 1.0}), "callbacks": [MechanicCallback()]}
+        >>> # Trainer(model, arguments, train_dataset=data, **mechanic)
     """
 
     _last: Snapshot | None = None

@@ -1,9 +1,4 @@
-"""Lightning: the learned learning rate among the metrics of a run.
-
-Example:
-    >>> from lightning.pytorch import Trainer
-    >>> trainer = Trainer(callbacks=[MechanicMonitor()], logger=False, accelerator="cpu")
-"""
+"""Lightning: the learned learning rate among the metrics of a run."""
 
 from __future__ import annotations
 
@@ -32,6 +27,10 @@ class MechanicMonitor(Callback):
 
     Raises:
         TypeError: training begins, and no optimizer is mechanized.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MechanicMonitor()], logger=False, accelerator="cpu")
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
