@@ -170,18 +170,19 @@ def test_a_capacity_below_one_is_refused():
 
 
 def test_a_trace_holds_every_step_as_it_was():
+    """With a schedule of its own for each group, so that the learned lr depends on the "initial_lr" of both."""
     model = mlp()
     optimizer = two_groups(model)
     trace, expected = Trace(optimizer), []
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 1 - t / 8, lambda t: 1 / (1 + t)])
     for t in range(8):
         optimizer.zero_grad()
         loss_of(model, t).backward()
         optimizer.step()
-        expected.append(read_out(optimizer))  # before the schedule moves
+        expected.append((t + 1, optimizer.scale.item(), optimizer.effective_lr(), optimizer.learned_lr()))
         schedule.step()
-    assert trace.read() == expected
-    assert len({row.effective_lr[0] / row.scale for row in expected if row.scale}) > 5
+    assert [(row.steps, row.scale, row.effective_lr, row.learned_lr) for row in trace.read()] == expected
+    assert len({scale for _, scale, *_ in expected}) > 5
 
 
 def test_a_step_reads_no_more_for_a_trace():
