@@ -18,19 +18,26 @@ ALLOWED = {
     "_config": set(),
     "_fused": {"_base", "_buckets", "distributed", "kernels"},
     "_patch": {"_base", "_state", "mechanic"},
-    "_report": {"_patch", "telemetry"},
+    "_report": {"_base", "_patch", "telemetry"},
     "_run": {"_config", "_patch", "_report"},
     "_start": {"_base", "_buckets", "_state", "distributed"},
     "_state": {"_config", "distributed"},
     "_warnings": {"_base", "_buckets"},
     "distributed": set(),
+    "integrations": {"telemetry"},
     "kernels": set(),
     "mechanic": {"_base", "_buckets", "_classes", "_config", "_fused", "_start", "_state", "_warnings", "distributed"},
     "optim": {"_classes", "mechanic"},
-    "telemetry": {"mechanic"},
+    "telemetry": {"_base", "_state", "mechanic"},
 }
-# What the extra `run` brings; only the command imports these files.
-OF_THE_COMMAND = {"_report.py": {"matplotlib", "rich"}, "_run.py": {"click"}}
+# What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
+OPTIONAL = {
+    "_report.py": {"matplotlib", "rich"},
+    "_run.py": {"click"},
+    "huggingface.py": {"transformers"},
+    "lightning.py": {"lightning", "pytorch_lightning"},
+    "triton.py": {"triton"},
+}
 
 
 def imports(path):
@@ -50,7 +57,7 @@ def test_imports_go_one_way():
             if top == "mechanic_pytorch":
                 assert rest[0] in ALLOWED[room] | {room}, f"{path.name} imports {name}"
             else:
-                own = {"torch", *OF_THE_COMMAND.get(path.name, {"triton"} if path.name == "triton.py" else ())}
+                own = {"torch", *OPTIONAL.get(path.name, ())}
                 assert top in own or top in sys.stdlib_module_names, f"{path.name} imports {name}"
 
 
@@ -85,6 +92,11 @@ def test_the_file_that_teaches_the_algorithm_is_short():
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
     assert len(ast.unparse(tree).splitlines()) <= 180
+
+
+def test_integrations_are_short():
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, path.name
 
 
 def test_every_public_name_has_a_docstring_with_an_example():

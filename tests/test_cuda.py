@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mechanic_pytorch import kernels, mechanize
+from mechanic_pytorch.telemetry import Trace, read_out
 from problems import mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,6 +47,25 @@ def test_a_step_never_waits_for_the_gpu(name):
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_trace_never_waits_for_the_gpu_and_a_read_out_is_one_copy():
+    model, optimizer = build("AdamW_fused")
+    trace = Trace(optimizer)
+    for values in gradients(model, 3):
+        set_gradients(model, values)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [row.steps for row in trace.read()] == [1, 2, 3, 4]
+    assert trace.read()[-1] == read_out(optimizer)
+    for read in (trace.read, lambda: read_out(optimizer)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            read()
+        assert sum("DtoH" in event.name for event in profile.events()) == 1
 
 
 @pytest.mark.parametrize("kernel", ["triton", "foreach"])

@@ -18,8 +18,9 @@ from rich.text import Text
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mechanic_pytorch._base import can_ask_host
 from mechanic_pytorch._patch import Built, is_torchs
-from mechanic_pytorch.telemetry import Trace
+from mechanic_pytorch.telemetry import Series, Snapshot, read, snapshot
 
 CAPACITY = 1000  # points per curve
 PANELS = 20  # optimizers in the picture
@@ -30,20 +31,19 @@ class Record:
     """The effective lr of one optimizer over its steps, and the loss where a closure returns it. Reads no device."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._trace = Trace(optimizer, capacity=CAPACITY)
-        self._stride, self._steps = 1, 0
+        self._rows: Series[tuple[Snapshot, Any]] = Series(CAPACITY)
         self._seen: list[Any] = []
-        self._losses: list[tuple[int, Any]] = []
         optimizer.register_step_pre_hook(self._watch)
         optimizer.register_step_post_hook(self._keep)
 
     def effective_lr(self) -> list[tuple[int, list[float]]]:
         """Return (step, the effective lr of each group)."""
-        return [(step, list(values)) for step, values in self._trace.read()]
+        return [(row.steps, row.effective_lr) for row in read([taken for taken, _ in self._rows.values])]
 
     def losses(self) -> list[tuple[int, float]]:
         """Return (step, the loss before it), as far as closures returned one."""
-        return [(step, float(loss)) for step, loss in self._losses]
+        rows = zip(self.effective_lr(), (loss for _, loss in self._rows.values), strict=True)
+        return [(step, float(loss)) for (step, _), loss in rows if loss is not None]
 
     def _watch(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._seen.clear()
@@ -66,14 +66,8 @@ class Record:
         return watched
 
     def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self._steps += 1
-        if self._seen and self._steps % self._stride == 0:
-            self._losses.append((self._steps, self._seen[0]))
-        if len(self._losses) > CAPACITY:
-            self._stride *= 2
-            self._losses = [(step, loss) for step, loss in self._losses if step % self._stride == 0]
+        if can_ask_host():
+            self._rows.add(lambda: (snapshot(optimizer), self._seen[0] if self._seen else None))
 
 
 def names(built: Iterable[Built]) -> dict[Built, str]:

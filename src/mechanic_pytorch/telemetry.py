@@ -1,55 +1,252 @@
-"""What a run did, step by step, kept on the device and looked at afterwards.
+"""What the tuner has learned, as numbers: now (`read_out`), and over the steps of a run (`Trace`).
+
+Reading waits for the device, so it is done in one copy. A snapshot packs the tensors of interest into one, on their
+device, without looking at them; it can be read at once, or kept and read later.
 
 Example:
     >>> import torch
     >>> from mechanic_pytorch import mechanize
-    >>> from mechanic_pytorch.telemetry import Trace
+    >>> from mechanic_pytorch.telemetry import Trace, read_out
     >>> p = torch.zeros(3, requires_grad=True)
     >>> optimizer = mechanize(torch.optim.SGD)([p], lr=1.0)
     >>> trace = Trace(optimizer)
     >>> for _ in range(3):
     ...     p.grad = torch.ones(3)
     ...     optimizer.step()
-    >>> [step for step, effective_lr in trace.read()]
-    [1, 2, 3]
+    >>> now = read_out(optimizer)
+    >>> now.steps, now.effective_lr == optimizer.effective_lr()
+    (3, True)
+    >>> [row.steps for row in trace.read()], trace.read()[-1] == now
+    ([1, 2, 3], True)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from mechanic_pytorch.mechanic import Mechanic
+from mechanic_pytorch import _base, _state
+from mechanic_pytorch.mechanic import Mechanic, is_mechanized
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """What an optimizer had learned at one moment. Lists have one entry per parameter group, or one per beta."""
+
+    steps: int  # made since the start or the last `reset`, skipped ones included
+    skipped_steps: int
+    scale: float
+    effective_lr: list[float]  # per group: its lr at that moment, times the scale
+    learned_lr: list[float]  # per group: for the plain optimizer, see `Mechanic.learned_lr`
+    max_product: list[float]  # from here on per beta: m, v, r and s of the paper
+    sum_squared_products: list[float]
+    reward: list[float]
+    scales: list[float]
+
+    def scalars(self, prefix: str = "mechanic/") -> dict[str, float]:
+        """Return the numbers worth a curve, by name, as every logger takes them.
+
+        They are the effective lr (of several groups each, with its number), the scale and the skipped steps.
+
+        Args:
+            prefix: what all names begin with.
+
+        Example:
+            >>> import torch
+            >>> from mechanic_pytorch import mechanize
+            >>> optimizer = mechanize(torch.optim.SGD)([torch.zeros(3, requires_grad=True)], lr=1.0)
+            >>> read_out(optimizer).scalars()
+            {'mechanic/effective_lr': 0.0, 'mechanic/scale': 0.0, 'mechanic/skipped_steps': 0.0}
+        """
+        several = len(self.effective_lr) > 1
+        values = {f"effective_lr/{i}" if several else "effective_lr": lr for i, lr in enumerate(self.effective_lr)}
+        values |= {"scale": self.scale, "skipped_steps": float(self.skipped_steps)}
+        return {prefix + name: value for name, value in values.items()}
+
+
+def read_out(optimizer: object) -> ReadOut:
+    """Return what the optimizer has learned so far. One copy to the host.
+
+    Args:
+        optimizer: a mechanized one, or a wrapper of Accelerate, Lightning or DeepSpeed around it.
+
+    Raises:
+        TypeError: it is not mechanized.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import mechanize
+        >>> optimizer = mechanize(torch.optim.SGD)([torch.zeros(3, requires_grad=True)], lr=1.0)
+        >>> read_out(optimizer).scale
+        0.0
+    """
+    return read([snapshot(optimizer)])[0]
 
 
 class Trace:
-    """A bounded record of the effective lr over steps. No step reads from the device for it.
+    """A record of what an optimizer learned, step by step, of bounded length. No step reads from the device for it.
 
-    It holds every step until there are `capacity` of them, then every second one, and so on. Steps of a compiled
-    `optimizer.step` are not recorded.
+    It holds every step until there are `capacity` of them, then every second one, and so on, always with the first.
+    Each is kept as one tensor of some hundred bytes. Steps have the optimizer's own numbers, which its checkpoint
+    holds: the trace of a resumed run goes on where that of the run before ended.
+
+    Of steps that are compiled, or replayed as a CUDA graph, it sees nothing by itself: call `record` after them.
+
+    Args:
+        optimizer: a mechanized one, or a wrapper around it.
+        capacity: how many steps are kept at most.
+
+    Raises:
+        TypeError: the optimizer is not mechanized.
+        ValueError: the capacity is less than 1.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import mechanize
+        >>> p = torch.zeros(3, requires_grad=True)
+        >>> optimizer = mechanize(torch.optim.SGD)([p], lr=1.0)
+        >>> trace = Trace(optimizer, capacity=4)
+        >>> for _ in range(8):
+        ...     p.grad = torch.ones(3)
+        ...     optimizer.step()
+        >>> [(row.steps, len(row.effective_lr)) for row in trace.read()]
+        [(1, 1), (3, 1), (5, 1), (7, 1)]
     """
 
-    def __init__(self, optimizer: Mechanic, capacity: int = 1000) -> None:
-        self._capacity = capacity
-        self._stride, self._steps = 1, 0
-        self._rows: list[tuple[int, Tensor, list[Any]]] = []
-        optimizer.register_step_post_hook(self._record)
+    def __init__(self, optimizer: object, capacity: int = 1000) -> None:
+        self._rows: Series[Snapshot] = Series(capacity)
+        inner = _mechanized(optimizer)
+        inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if _base.can_ask_host() else None)
 
-    def read(self) -> list[tuple[int, list[float]]]:
-        """Return (step, the effective lr of each parameter group), from the first step recorded to the last."""
-        return [(step, [float(lr) * float(scale) for lr in lrs]) for step, scale, lrs in self._rows]
+    def record(self, optimizer: object) -> None:
+        """Take in the present state. Steps do so by themselves, unless they are compiled or in a CUDA graph."""
+        self._rows.add(lambda: snapshot(optimizer))
 
-    def _record(self, optimizer: Any, args: object, kwargs: object) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self._steps += 1
-        if self._steps % self._stride:
-            return
-        lrs = [group.get("lr") for group in optimizer.param_groups]
-        values = [1.0 if lr is None else lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
-        self._rows.append((self._steps, optimizer.scale.clone(), values))
-        if len(self._rows) > self._capacity:
+    def read(self) -> list[ReadOut]:
+        """Return the steps kept, the first one first. One copy to the host."""
+        return read(self._rows.values)
+
+
+class Series(Generic[T]):
+    """At most `capacity` of the values added: each, then every second one, every fourth, always with the first.
+
+    Args:
+        capacity: how many are kept at most.
+
+    Raises:
+        ValueError: it is less than 1.
+
+    Example:
+        >>> series = Series(4)
+        >>> for i in range(11):
+        ...     series.add(lambda: i)
+        >>> series.values
+        [0, 4, 8]
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"Series: capacity must be at least 1. Got {capacity!r}. Remedy: 1000 suits a plot.")
+        self.values: list[T] = []
+        self._capacity, self._stride, self._count = capacity, 1, 0
+
+    def add(self, make: Callable[[], T]) -> None:
+        """Take in what `make` returns; it is not called if that would not be kept."""
+        if self._count % self._stride == 0:
+            self.values.append(make())
+        self._count += 1
+        if len(self.values) > self._capacity:
+            del self.values[1::2]
             self._stride *= 2
-            self._rows = [row for row in self._rows if row[0] % self._stride == 0]
+
+
+class _Place(NamedTuple):
+    """What stands for a tensor in a snapshot's groups."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Snapshot(NamedTuple):
+    """What a read-out is made of, not looked at."""
+
+    kind: type[Mechanic]
+    groups: list[dict[str, Any]]
+    packed: Tensor  # the bytes of all tensors that the groups hold, in order, on the tuner's device
+
+
+def snapshot(optimizer: object) -> Snapshot:
+    """Return the present state of a mechanized optimizer, or of one in a wrapper, without looking at it.
+
+    Raises:
+        TypeError: it is not mechanized.
+    """
+    inner = _mechanized(optimizer)
+    device = inner.param_groups[0][_state.STEPS].device
+    groups: list[dict[str, Any]] = []
+    parts = []
+    for group in inner.param_groups:
+        groups.append({"params": []})
+        for key, value in group.items():
+            if key in ("lr", "initial_lr") or key.startswith("mechanic_"):
+                if isinstance(value, Tensor):
+                    # Bytes, for the counters are integers, and the one float type that holds them is not everywhere.
+                    parts.append(value.detach().to(device).reshape(-1).view(torch.uint8))
+                    value = _Place(value.dtype, value.shape)
+                groups[-1][key] = value
+    return Snapshot(type(inner), groups, torch.cat(parts))
+
+
+def read(snapshots: Sequence[Snapshot]) -> list[ReadOut]:
+    """Return what snapshots hold. One copy to the host."""
+    if not snapshots:
+        return []
+    device = snapshots[-1].packed.device  # others may have been taken before the first step, or before a move
+    packed = torch.cat([each.packed.to(device) for each in snapshots]).cpu()
+    sizes = [each.packed.numel() for each in snapshots]
+    return [_read_one(each, part) for each, part in zip(snapshots, torch.split(packed, sizes), strict=True)]
+
+
+def _read_one(taken: Snapshot, packed: Tensor) -> ReadOut:
+    host = object.__new__(taken.kind)  # what the optimizer computes from its groups, it also computes from copies
+    host.param_groups = []
+    at = 0
+    for group in taken.groups:
+        host.param_groups.append({})
+        for key, value in group.items():
+            if isinstance(value, _Place):
+                start, at = at, at + value.shape.numel() * value.dtype.itemsize
+                value = packed[start:at].clone().view(value.dtype).reshape(value.shape)
+            host.param_groups[-1][key] = value
+    vectors = _state.read_tuner(host, host.mechanic_config)
+    return ReadOut(
+        steps=int(host.param_groups[0][_state.STEPS]),
+        skipped_steps=host.skipped_steps,
+        scale=float(host.scale),
+        effective_lr=host.effective_lr(),
+        learned_lr=host.learned_lr(),
+        **{name: vector.tolist() for name, vector in vectors._asdict().items()},
+    )
+
+
+def inside(optimizer: object) -> Mechanic | None:
+    """Return the mechanized optimizer, which may be this one or inside wrappers around it, or None."""
+    while not (optimizer is None or is_mechanized(optimizer)):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _mechanized(optimizer: object) -> Mechanic:
+    found = inside(optimizer)
+    if found is None:
+        raise TypeError(
+            f"telemetry: the optimizer must be mechanized. Got {type(optimizer).__name__}. Remedy: build it with "
+            "mechanize, as in mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)."
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Callbacks for the training loops of others, one file each, which alone imports what it is for."""

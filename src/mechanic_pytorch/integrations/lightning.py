@@ -1,0 +1,51 @@
+"""Lightning: the learned learning rate among the metrics of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback  # type: ignore[assignment]  # the same, by its other name
+    except ImportError as error:
+        raise ImportError(
+            "mechanic_pytorch.integrations.lightning needs Lightning. Got neither lightning nor pytorch_lightning. "
+            "Remedy: pip install 'mechanic-pytorch[lightning]'."
+        ) from error
+
+from mechanic_pytorch.telemetry import inside, read_out
+
+
+class MechanicMonitor(Callback):
+    """Log `read_out(optimizer).scalars()` of every mechanized optimizer, whenever the trainer logs its metrics.
+
+    As `LearningRateMonitor` does, it logs what is in force when a batch begins, so that the effective lr is the lr
+    that stands beside it, times the scale. With several optimizers their number comes after "mechanic/" in the names.
+    Reads the device only when the trainer logs.
+
+    Raises:
+        TypeError: training begins, and no optimizer is mechanized.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MechanicMonitor()], logger=False, accelerator="cpu")
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse to watch nothing."""
+        if not any(map(inside, trainer.optimizers)):
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+            raise TypeError(
+                f"MechanicMonitor: an optimizer must be mechanized. Got {names or 'none'}. Remedy: in "
+                "configure_optimizers, return mechanize(torch.optim.AdamW)(self.parameters(), lr=1.0)."
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Log, if it is time."""
+        if trainer._logger_connector.should_update_logs:  # what Lightning's own monitors ask
+            for i, optimizer in enumerate(trainer.optimizers):
+                if inside(optimizer) is not None:
+                    prefix = "mechanic/" if len(trainer.optimizers) == 1 else f"mechanic/{i}/"
+                    pl_module.log_dict(read_out(optimizer).scalars(prefix))
