@@ -510,7 +510,7 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path):
 def test_a_report_that_cannot_be_written_changes_nothing(script, tmp_path):
     path = script(TRAINING + "import shutil; shutil.rmtree('out')\nsys.exit(5)\n")
     done = python(*COMMAND, "--report", "out", path, check=5, cwd=tmp_path)
-    assert "mechanic: the report cannot be made. Got FileNotFoundError" in done.stderr
+    assert "mechanic: the report could not be finished. Got FileNotFoundError" in done.stderr
     assert ADVICE.search(done.stderr)
 
 

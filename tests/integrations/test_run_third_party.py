@@ -180,7 +180,7 @@ def test_processes_that_lightning_starts_train_like_the_first_one(tmp_path):
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in launched}
     command = [sys.executable, "-m", "mechanic_pytorch", "run", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     weights = re.findall(r"^AdamW (.*)$", done.stdout, re.MULTILINE)
     assert len(weights) == 2, done.stdout
