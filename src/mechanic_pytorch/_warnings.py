@@ -74,11 +74,11 @@ def watch(optimizer: Any) -> None:
             f"Got lr={lrs(optimizer)}. Remedy: make sure that lr is not 0, that the optimizer holds the parameters "
             f"of the model that is trained, and that their gradients are neither None nor 0.{noise}",
         )
-    elif not is_auto and config.s_decay * scale >= HELD_BACK:
+    elif not is_auto and config.s_decay * scale >= HELD_BACK and max(lrs(optimizer, "initial_lr")) < 1:
         _warn(
             optimizer,
             f"the scale is held back: after {steps} steps s_decay times the scale is {config.s_decay * scale:.1f}, so "
-            f"that the tuner's decay outweighs the gradient. Got lr={lrs(optimizer)}, which is too small for "
+            f"that the tuner's decay pulls it back about as strongly as the gradient drives it. Got lr={lrs(optimizer)}, which is too small for "
             f's_decay={config.s_decay}. Remedy: pass s_init="auto", or lr=1.0 or larger.',
         )
     else:
