@@ -78,8 +78,9 @@ def watch(optimizer: Any) -> None:
         _warn(
             optimizer,
             f"the scale is held back: after {steps} steps s_decay times the scale is {config.s_decay * scale:.1f}, so "
-            f"that the tuner's decay pulls it back about as strongly as the gradient drives it. Got lr={lrs(optimizer)}, which is too small for "
-            f's_decay={config.s_decay}. Remedy: pass s_init="auto", or lr=1.0 or larger.',
+            "that the tuner's decay pulls it back about as strongly as the gradient drives it. "
+            f"Got lr={lrs(optimizer)} and s_decay={config.s_decay}, which is too much for so small an lr. "
+            'Remedy: pass s_init="auto", or lr=1.0 or larger.',
         )
     else:
         optimizer._watched = steps, 2 * steps
