@@ -266,6 +266,21 @@ def one_bad_rank(layout, base, rank, size):
     return outcome(train(run, 12, after_backward=poison))
 
 
+def frozen(layout, base, rank=0, size=1):
+    """Ten steps, ten frozen ones with a bad gradient in one process, ten steps."""
+    run = train(globals()[layout](base, rank, size), 10)
+    run.optimizer.freeze_scale()
+
+    def poison(t):
+        if t == 15 and rank == size - 1:
+            p = next(p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None)
+            (p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).view(-1)[0] = float("nan")
+
+    train(run, 10, first=10, after_backward=poison)
+    run.optimizer.unfreeze_scale()
+    return outcome(train(run, 10, first=20))
+
+
 def one_overflow(rank, size):
     """A fused base, whose `GradScaler` has found an overflow in one process alone."""
     run = fsdp2("adamw_fused", rank, size)

@@ -10,8 +10,16 @@ class Oracle:
     """Runs Mechanic with x_ref and delta both kept, one line of code per line of the algorithm."""
 
     def __init__(
-        self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), s_init=1e-8, eps=1e-8
+        self,
+        x,
+        base,
+        s_decay=0.01,
+        betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
+        s_init=1e-8,
+        eps=1e-8,
+        max_lr=np.inf,
     ):
+        self.max_lr, self.highest_lr, self.is_bounded = max_lr, 0.0, False
         self.x_ref = [np.array(xi, dtype=np.float64) for xi in x]
         self.x = [xi.copy() for xi in self.x_ref]
         self.delta = [np.zeros_like(xi) for xi in self.x_ref]
@@ -19,7 +27,7 @@ class Oracle:
         self.beta = np.array(betas, dtype=np.float64)
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
 
-    def step(self, g):
+    def step(self, g, lr=1.0):
         g_norm = np.sqrt(sum(np.sum(gi**2) for gi in g))
         x_norm = np.sqrt(sum(np.sum(xi**2) for xi in self.x))
         decayed = [gi + self.s_decay * self.s.sum() * g_norm * xi / x_norm for gi, xi in zip(g, self.x, strict=True)]
@@ -31,6 +39,10 @@ class Oracle:
         self.r = np.maximum(0, self.beta * self.r - self.s * h)
         wealth = self.s_init / len(self.beta) * self.m + self.r
         self.s = wealth / (np.sqrt(self.v) + self.eps)
+        self.highest_lr = max(self.highest_lr, lr)
+        self.is_bounded = self.s.sum() * self.highest_lr > self.max_lr
+        if self.is_bounded:
+            self.s = self.s * (self.max_lr / self.highest_lr / self.s.sum())
         self.x = [xi + self.s.sum() * di for xi, di in zip(self.x_ref, self.delta, strict=True)]
 
 

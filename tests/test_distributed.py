@@ -20,6 +20,7 @@ TRAJECTORIES = [
     for layout in names
     for base in ["sgd", "adamw", *(["muon"] if layout in MUON else [])]
 ]
+FROZEN = [("fsdp2", "sgd"), ("fsdp2", "adamw_fused"), ("fsdp1", "sgd"), ("owners", "adamw")]
 DTYPES = [torch.float64, torch.bfloat16]
 
 
@@ -43,6 +44,7 @@ def world(directory):
             jobs += [("one_bad_rank", layout, "sgd") for layout in ("fsdp2", "owners", "fsdp1")]
             jobs += [("one_bad_rank", "fsdp2", "adamw_fused"), ("one_overflow",)]
             jobs += [("accumulated", layout) for layout in ("ddp", "fsdp2")]
+            jobs += [("frozen", *job) for job in FROZEN]
             jobs += [("empty_process",), ("mixed_precision",), ("full_state_dict",)]
             jobs += [("mismatch", "s_init"), ("mismatch", "betas")]
             jobs += [("auto_start", layout, "adamw") for layout in ("ddp", "fsdp2", "fsdp1", "owners")]
@@ -148,6 +150,13 @@ def test_all_skip_when_one_has_a_bad_gradient(world, layout, base):
     results = world(2, "one_bad_rank", layout, base)
     assert [result["skipped"] for result in results] == [2, 2]
     assert_equal_to_one_process(results, expected)
+
+
+@pytest.mark.parametrize(("layout", "base"), FROZEN)
+def test_frozen_steps_are_the_same_and_skipped_by_all(world, layout, base):
+    results = world(2, "frozen", layout, base)
+    assert [result["skipped"] for result in results] == [1, 1]
+    assert_equal_to_one_process(results, layouts.frozen("single", base))
 
 
 def test_all_skip_when_one_scaler_found_an_overflow(world):

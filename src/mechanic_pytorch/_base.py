@@ -123,6 +123,23 @@ def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
     return dots if overflow is None else dots.masked_fill(overflow.to(dots.device) > 0, torch.nan)
 
 
+@contextmanager
+def lr_times(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Let a block find every lr multiplied by a factor, and put the user's back afterwards."""
+    if factor == 1.0:
+        yield
+        return
+    theirs = [(group, group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+    ours = [(group, lr * factor) for group, lr in theirs]
+    try:
+        for group, lr in ours:
+            group["lr"] = lr
+        yield
+    finally:
+        for (group, before), (_, lr) in zip(theirs, ours, strict=True):
+            group["lr"] = before if group["lr"] is lr else group["lr"] / factor  # the base has set it
+
+
 def lrs(optimizer: Optimizer, key: str = "lr") -> list[float]:
     """Return the lr of each group, or what is under another key; a base that has none, or sets it, counts as lr 1."""
     values = [group.get(key, group.get("lr")) for group in optimizer.param_groups]

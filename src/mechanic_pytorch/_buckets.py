@@ -26,8 +26,8 @@ class Bucket:
     """Parameters that have a gradient and share a device, a dtype, a direction and a spread, as kernels take them.
 
     `owners` are the parameters themselves; the other lists hold plain, dense, real tensors that share their memory
-    (a complex parameter appears as its real view, a sharded one as its local part; a sparse gradient, alone, is a dense
-    copy).
+    (a complex parameter appears as its real view, a sharded one as its local part). A sparse gradient, alone, is not
+    dense until `densify` has made a copy of it.
     """
 
     kernel: Kernel  # that of their device
@@ -52,8 +52,6 @@ class Bucket:
         self.state.append(kept)
         if is_dtensor(p):
             grad, p, delta = local(grad, like=p), local(p), local(delta)
-        if grad.layout is not torch.strided:
-            grad = grad.to_dense()
         if p.is_complex():
             grad, p, delta = (torch.view_as_real(tensor.resolve_conj()) for tensor in (grad, p, delta))
         self.grads.append(grad)
@@ -63,6 +61,10 @@ class Bucket:
             # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
             kept[COMPENSATION] = _kept(stored, COMPENSATION, self.owners[-1], torch.bfloat16)
             self.compensations.append(local(kept[COMPENSATION]))
+
+    def densify(self) -> None:
+        """Replace sparse gradients by dense copies."""
+        self.grads = [grad if grad.layout is torch.strided else grad.to_dense() for grad in self.grads]
 
 
 def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[list[Bucket], list[Spread]]:

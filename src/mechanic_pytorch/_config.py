@@ -35,6 +35,7 @@ class Config:
     log_every: int = 0
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = field(default=None, hash=False)
+    max_lr: float | None = None
 
     penalty: ClassVar[float] = 1.0  # Algorithm 1 has no other; `_start.py` has
 
@@ -45,6 +46,8 @@ class Config:
             remedy = "a small underestimate such as 1e-8, or 'auto'"
             self._set("s_init", _number("s_init", self.s_init, "'auto' or a finite number > 0", remedy))
         self._set("eps", _number("eps", self.eps, "a finite number >= 0", "the default is 1e-8"))
+        if self.max_lr is not None:
+            self._set("max_lr", _number("max_lr", self.max_lr, "None or a finite number > 0", "None sets no bound"))
         self._set("betas", _betas(self.betas))
         for name in ("store_delta", "skip_nonfinite"):
             value = getattr(self, name)
@@ -64,7 +67,7 @@ class Config:
 
     def shared(self) -> dict[str, object]:
         """Return the options in which all processes of a sharded run must agree."""
-        return {name: getattr(self, name) for name in ("s_decay", "betas", "s_init", "eps", "skip_nonfinite")}
+        return {name: getattr(self, name) for name in ("s_decay", "betas", "s_init", "eps", "skip_nonfinite", "max_lr")}
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

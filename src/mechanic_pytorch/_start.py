@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mechanic_pytorch._base import can_ask_host, largest_lr, lrs
+from mechanic_pytorch._base import can_ask_host, largest_lr, lr_times, lrs
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch._state import DELTA, LR_FACTOR, UNIT
 from mechanic_pytorch.distributed import Spread, sum_over_processes
@@ -61,22 +61,12 @@ class Numbers(NamedTuple):
 
 
 def at_lr_near_one(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a step find every lr multiplied by one power of two, and put the user's back afterwards."""
+    """Let a step find every lr multiplied by one power of two."""
 
     @functools.wraps(step)
     def run(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        factor = lr_factor(optimizer)
-        if factor == 1.0:
+        with lr_times(optimizer, lr_factor(optimizer)):
             return step(optimizer, *args, **kwargs)
-        theirs = [(group, group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
-        ours = [(group, lr * factor) for group, lr in theirs]
-        try:
-            for group, lr in ours:
-                group["lr"] = lr
-            return step(optimizer, *args, **kwargs)
-        finally:
-            for (group, before), (_, lr) in zip(theirs, ours, strict=True):
-                group["lr"] = before if group["lr"] is lr else group["lr"] / factor  # the base has set it
 
     return run
 

@@ -3,11 +3,11 @@
 Per parameter, in `optimizer.state[p]`: the sum of updates and, for parameters of less than 32 bits, the compensation.
 They are written only after the base's first step, because many bases take an empty `state[p]` for "not started".
 
-Per optimizer, in `optimizer.param_groups[0]`: the tuner's vectors, two counters and two notes. Parameter groups are
+Per optimizer, in `optimizer.param_groups[0]`: the tuner's vectors, two counters and some notes. Parameter groups are
 what every checkpointing tool carries whole and uncast; a key of `optimizer.state` that is not a parameter is what some
 refuse.
 
-All keys start with `mechanic_`; all values are tensors.
+All keys start with `mechanic_`; the values are tensors, and two numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ COMPENSATION = "mechanic_compensation"
 UNIT = "mechanic_unit"
 LR_FACTOR = "mechanic_lr_factor"
 LR_SUMS = "mechanic_lr_sums"
+FROZEN_SCALE = "mechanic_frozen_scale"
 STEPS = "mechanic_steps"
 SKIPPED_STEPS = "mechanic_skipped_steps"
 
@@ -61,6 +62,7 @@ def attach_tuner(optimizer: Optimizer, config: Config) -> None:
         home[UNIT], home[LR_FACTOR] = torch.zeros(5, device="cpu"), 1.0
     if LR_SUMS not in home:
         home[LR_SUMS] = torch.zeros(3, device="cpu")
+    home.setdefault(FROZEN_SCALE, 0.0)  # always there: a flattened checkpoint holds only what a new optimizer has
 
 
 def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
@@ -88,6 +90,12 @@ def note(optimizer: Optimizer, skip: Tensor, *, unit: Tensor | None, lr: float |
         home[UNIT].copy_(torch.where(skip, home[UNIT], unit))
 
 
+def highest_lr(optimizer: Optimizer, lr: float | Tensor) -> Tensor:
+    """Return the largest lr so far, that of the present step included, shape ()."""
+    highest: Tensor = optimizer.param_groups[0][LR_SUMS][2]
+    return highest.clamp_min(lr)
+
+
 def average_lr(optimizer: Optimizer) -> float:
     """Return max(lr) * sum(scale * lr) / sum(lr) over the steps so far, 0 before the first. Copies to the host."""
     effective, plain, highest = optimizer.param_groups[0][LR_SUMS].tolist()
@@ -96,7 +104,7 @@ def average_lr(optimizer: Optimizer) -> float:
 
 def clear(optimizer: Optimizer, config: Config) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
-    for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, STEPS, SKIPPED_STEPS):
+    for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, FROZEN_SCALE, STEPS, SKIPPED_STEPS):
         optimizer.param_groups[0].pop(key, None)
     for state in optimizer.state.values():
         for key in (DELTA, COMPENSATION):

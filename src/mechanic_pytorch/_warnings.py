@@ -1,16 +1,20 @@
-"""Two warnings about runs that cannot learn, each given once, each with its remedy."""
+"""Warnings about runs that cannot learn, each given once, each with its remedy."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
-from mechanic_pytorch._base import lrs
+from mechanic_pytorch._base import can_ask_host, lrs
 from mechanic_pytorch._buckets import Bucket
 
 PATIENCE = 15  # steps that a base may take before its first update: SOAP needs one, others ten
 LOST = 0.9  # the part of an update whose loss is worth a warning
 STUCK = 50  # skipped steps in a row
+NOTHING_SEEN = (0, 500)  # steps watched, and how many there are to be before the next look at the scale
+GROWTH = 10  # times s_init: what a scale exceeds by then that has begun to grow. docs/controlling.md has figures
+HELD_BACK = 0.5  # s_decay * scale: the length of the tuner's pull, that of the gradient being 1
 
 
 def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
@@ -29,11 +33,11 @@ def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
         return
     optimizer._base_has_moved = True
     if moved == 0 or (moved < (1 - LOST) * active and highest < 1):
-        warnings.warn(
-            f"{type(optimizer).__name__}: the base optimizer's update changed only {moved} of {active} weights that "
-            "have a gradient; the rest of it was lost in rounding, and a lost update cannot be rescaled. "
+        _warn(
+            optimizer,
+            f"the base optimizer's update changed only {moved} of {active} weights that have a gradient; the rest of "
+            "it was lost in rounding, and a lost update cannot be rescaled. "
             f"Got lr={lrs(optimizer)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
-            stacklevel=6,
         )
 
 
@@ -41,8 +45,50 @@ def warn_if_stuck(optimizer: Any) -> None:
     """Warn if no step has been made for long."""
     optimizer._skips_in_a_row += 1
     if optimizer._skips_in_a_row == STUCK:
-        warnings.warn(
-            f"{type(optimizer).__name__}: the last {STUCK} steps were skipped, for a gradient, a weight or the sum of "
-            "updates is not finite. Remedy: look for inf or nan in them; once mended, call optimizer.reset().",
-            stacklevel=6,
+        _warn(
+            optimizer,
+            f"the last {STUCK} steps were skipped, for a gradient, a weight or the sum of updates is not finite. "
+            "Remedy: look for inf or nan in them; once mended, call optimizer.reset().",
         )
+
+
+def watch(optimizer: Any) -> None:
+    """Count the steps of this process, and warn if by now the scale should have been learned and is not.
+
+    The host reads the scale after 500 steps, 1000, 2000 and so on, until it has warned; never while a step is recorded.
+    """
+    if not can_ask_host():
+        return
+    steps, next_look = optimizer._watched[0] + 1, optimizer._watched[1]
+    optimizer._watched = steps, next_look
+    if steps != next_look:
+        return
+    config = optimizer.mechanic_config
+    scale, is_auto = float(optimizer.scale), config.s_init == "auto"
+    optimizer._watched = steps, 0  # never again
+    if scale <= (0.0 if is_auto else GROWTH * config.s_init):
+        noise = "" if is_auto else ' If the gradient is mostly noise, pass s_init="auto", or a larger number.'
+        _warn(
+            optimizer,
+            f"training has not started: after {steps} steps the scale is {scale:.0e}, and s_init is {config.s_init}. "
+            f"Got lr={lrs(optimizer)}. Remedy: make sure that lr is not 0, that the optimizer holds the parameters "
+            f"of the model that is trained, and that their gradients are neither None nor 0.{noise}",
+        )
+    elif not is_auto and config.s_decay * scale >= HELD_BACK and max(lrs(optimizer, "initial_lr")) < 1:
+        _warn(
+            optimizer,
+            f"the scale is held back: after {steps} steps s_decay times the scale is {config.s_decay * scale:.1f}, so "
+            "that the tuner's decay pulls it back about as strongly as the gradient drives it. "
+            f"Got lr={lrs(optimizer)} and s_decay={config.s_decay}, which is too much for so small an lr. "
+            'Remedy: pass s_init="auto", or lr=1.0 or larger.',
+        )
+    else:
+        optimizer._watched = steps, 2 * steps
+
+
+def _warn(optimizer: Any, message: str) -> None:
+    """Warn where the step is called, by whom neither torch nor we are."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("mechanic_pytorch", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{type(optimizer).__name__}: {message}", stacklevel=level)

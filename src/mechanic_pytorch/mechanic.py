@@ -22,8 +22,8 @@ less than 1 (`_start.py`). The file `docs/deviations.md` lists where this differ
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _base, _buckets, _fused, _start, _state, _warnings
+from mechanic_pytorch import _base, _buckets, _control, _fused, _start, _state, _steps, _warnings
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc
 from mechanic_pytorch._start import Numbers
@@ -56,6 +56,7 @@ def mechanize(
     *,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
+    max_lr: float | None = None,
 ) -> type[Any]:
     """Return a class like `Base` whose learning-rate scale is learned.
 
@@ -85,6 +86,8 @@ def mechanize(
         process_group: the group whose processes hold the other parts of plain tensors that are parts of larger ones, or
             other parameters of the same model: FSDP1, `ZeroRedundancyOptimizer`, pipeline stages. A `DTensor` (FSDP2,
             tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
+        max_lr: bound of the effective lr, > 0: the scale never exceeds max_lr / (the largest lr so far, of all groups).
+            None: no bound.
 
     Returns:
         The class `Mechanized<Base>`. Type checkers see `Any`, for there is no type that says "`Base` and `Mechanic`".
@@ -114,7 +117,18 @@ def mechanize(
             f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
             "mechanize the plain class with the options you want."
         )
-    config = Config(s_decay, betas, s_init, eps, store_delta, log_func, log_every, skip_nonfinite, process_group)  # type: ignore[arg-type]
+    config = Config(
+        s_decay,
+        betas,  # type: ignore[arg-type]
+        s_init,
+        eps,
+        store_delta,
+        log_func,
+        log_every,
+        skip_nonfinite,
+        process_group,
+        max_lr,
+    )
     return class_for(Mechanic, Base, config)
 
 
@@ -148,6 +162,7 @@ class Mechanic(Optimizer):
     _start_is_known = False
     _steps_without_move = 0
     _skips_in_a_row = 0
+    _watched = _warnings.NOTHING_SEEN
     _log_count: int | None = None
     _options_compared = False
 
@@ -175,10 +190,15 @@ class Mechanic(Optimizer):
         config = self.mechanic_config
         buckets, spreads = _buckets.collect(self, config.process_group)
         if not buckets and not any(spreads):
+            _warnings.watch(self)
             return loss
         begins = any(bucket.is_new for bucket in buckets) or (config.s_init == "auto" and not self._start_is_known)
         if torch.compiler.is_compiling() and begins:
             return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
+        inputs = args if closure is None else (replay, *args)
+        base_step = partial(_base.unwrapped_step(self, Mechanic), *inputs, **kwargs)
+        if _control.is_frozen(self):
+            return _control.frozen_step(self, buckets, spreads, base_step, loss)
 
         # Measure.
         old = _state.read_tuner(self, config)
@@ -192,6 +212,7 @@ class Mechanic(Optimizer):
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
+            bucket.densify()
             part = bucket.kernel.measure(bucket.params, bucket.grads, bucket.deltas, copies).to(old.scales)
             parts[bucket.spread] += torch.cat([bucket.sign * part[:1], part[1:]])
         parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
@@ -200,14 +221,13 @@ class Mechanic(Optimizer):
         # Tune.
         unit, options = (None, config) if config.s_init != "auto" else _start.begin(self, buckets, spreads, dots)
         new = tune(old, dots, options)
+        lr = _base.largest_lr(self, dots)
+        if config.max_lr is not None:
+            new = new._replace(scales=_control.at_most(new.scales, config.max_lr / _state.highest_lr(self, lr)))
         skip = torch.stack(new).isfinite().all().logical_not()
-        # Even a base that skips by itself creates state at its first step, and not always with defined values.
-        we_skip = config.skip_nonfinite and (not base_skips or any(bucket.is_new for bucket in buckets))
-        if we_skip and asks and skip.item():
-            self._count(skip)
-            _warnings.warn_if_stuck(self)
+        we_skip = _steps.needs_us(self, buckets)
+        if _steps.is_left_out(self, skip, we_skip):
             return loss
-        self._skips_in_a_row = 0
         new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
 
         # Base step and move.
@@ -215,12 +235,11 @@ class Mechanic(Optimizer):
         if rules is not None:
             _fused.step_and_move(self, buckets, rules, scales, skip)
         else:
-            base_step = _base.unwrapped_step(self, Mechanic)
-            evaluates_again = closure is not None and _base.requires_closure(base_step)
+            evaluates_again = closure is not None and _base.requires_closure(base_step.func)
             with _buckets.undone_on_error(self, buckets, before, whole_state=evaluates_again):
                 undone = _buckets.undone_where(skip if we_skip and not asks else None, self, buckets, before)
                 with undone, _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
-                    loss = base_step(*args, **kwargs) if closure is None else base_step(replay, *args, **kwargs)
+                    loss = base_step()
                 for bucket, starts in zip(buckets, before, strict=True):
                     converted = (scale.to(bucket.deltas[0]) for scale in scales)
                     bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
@@ -229,8 +248,8 @@ class Mechanic(Optimizer):
         _buckets.store(self, buckets)
         for mine, value in zip(old, new, strict=True):
             mine.copy_(value)
-        _state.note(self, skip, unit=unit, lr=_base.largest_lr(self, scales[1]), scale=scales[1])
-        self._count(skip)
+        _state.note(self, skip, unit=unit, lr=lr, scale=scales[1])
+        _steps.count(self, skip)
         return loss
 
     @property
@@ -286,8 +305,41 @@ class Mechanic(Optimizer):
         The base's own state, such as momentum, stays. The counts of steps and of skipped steps begin again, too.
         """
         _state.clear(self, self.mechanic_config)
+        self._watched = _warnings.NOTHING_SEEN
         self._log_count = None
         self._start_is_known = False
+
+    def freeze_scale(self) -> None:
+        """Stop adapting: from now on a step is the base's own, at lr times the present scale, and costs what that does.
+
+        What is kept up: the counts, `learned_lr()`, and `skip_nonfinite`, which takes a look at the gradients and its
+        host read (and a sum over the processes, if they share the tuner). Schedules and changes of lr go on to work,
+        and nothing but lr moves the effective lr, `max_lr` included. A step that raises is not undone. Checkpoints hold
+        that the scale is frozen; `reset()` unfreezes. Of several processes, all must freeze. Copies to the host.
+
+        Raises:
+            ValueError: no scale has been learned yet; a parameter group has no lr; the updates of the base are not in
+                proportion to it (Rprop, Adafactor, ASGD, LBFGS).
+
+        Example:
+            >>> import torch
+            >>> from mechanic_pytorch import mechanize
+            >>> p = torch.ones(3, requires_grad=True)
+            >>> optimizer = mechanize(torch.optim.SGD)([p], lr=1.0)
+            >>> for t in range(30):
+            ...     p.grad = p.detach().clone()
+            ...     optimizer.step()
+            ...     if t == 19:
+            ...         optimizer.freeze_scale()
+            ...         frozen = optimizer.effective_lr()
+            >>> optimizer.effective_lr() == frozen
+            True
+        """
+        _control.freeze(self)
+
+    def unfreeze_scale(self) -> None:
+        """Learn the scale again, from what it and the sums of updates were when it was frozen. No weight jumps."""
+        _control.unfreeze(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group` does.
@@ -337,18 +389,6 @@ class Mechanic(Optimizer):
         with _state.unseen_by_base(state["state"]):
             super().__setstate__(state)
 
-    def _count(self, skip: Tensor) -> None:
-        home, config = self.param_groups[0], self.mechanic_config
-        home[_state.STEPS].add_(1)
-        home[_state.SKIPPED_STEPS].add_(skip)
-        if not config.log_every:
-            return
-        self._log_count = int(home[_state.STEPS]) if self._log_count is None else self._log_count + 1
-        if self._log_count % config.log_every == 0:
-            (_log if config.log_func is None else config.log_func)(
-                {"iter_count": self._log_count, "s": float(self.scale)}
-            )
-
 
 def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerState:
     """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
@@ -383,7 +423,3 @@ def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerStat
     wealth = config.s_init / len(config.betas) * m + r  # type: ignore[operator]  # "auto" has become a number
     s = (wealth / (v.sqrt() + config.eps)).masked_fill(wealth == 0, 0.0)
     return TunerState(m, v, r, s)
-
-
-def _log(data: dict[str, Any]) -> None:
-    logging.getLogger("mechanic_pytorch").info("iter_count=%(iter_count)d s=%(s).6e", data)

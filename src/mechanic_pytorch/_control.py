@@ -1,0 +1,106 @@
+"""What users may do to the scale: freeze it, and bound it.
+
+A frozen step is the base's own, at lr * scale: nothing is measured, nothing is moved, no weights are copied. The sum of
+updates stays what it was, and so does what it is multiplied by; a later `unfreeze` hence goes on from the weights as
+they are then, as after any edit of them. Two things are kept up: the counts and sums of `_state.note`, some operations
+on single numbers, and `skip_nonfinite`, one pass over the gradients; in a sharded run also one sum over the processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, LBFGS, Adafactor, Rprop
+
+from mechanic_pytorch import _base, _buckets, _state, _steps
+from mechanic_pytorch._buckets import Bucket
+from mechanic_pytorch.distributed import Spread, sum_over_processes
+
+# Their updates are not in proportion to lr: it is a first step size, a bound, part of a history, a first guess.
+NOT_IN_PROPORTION = (Rprop, Adafactor, ASGD, LBFGS)
+
+
+def freeze(optimizer: Any) -> None:
+    """Note the scale that a step is to use from now on. A host read; no other process is asked.
+
+    Raises:
+        ValueError: there is no scale yet, or no lr to multiply by it.
+    """
+    who, home = type(optimizer).__name__, optimizer.param_groups[0]
+    if any(group.get("lr") is None for group in optimizer.param_groups) or isinstance(optimizer, NOT_IN_PROPORTION):
+        got = optimizer._mechanic_made_from[1].__name__
+        raise ValueError(
+            f"{who}: freeze_scale needs a base with an lr in each parameter group, to which its updates are in "
+            f"proportion. Got {got}. Remedy: let the scale adapt, or build this optimizer with another base."
+        )
+    scale = float(_state.read_tuner(optimizer, optimizer.mechanic_config).scales.sum())
+    if scale == 0.0:
+        raise ValueError(
+            f"{who}: freeze_scale needs a scale that is learned. Got 0. Remedy: make some steps first, or load the "
+            "state of an optimizer that has made them."
+        )
+    home[_state.FROZEN_SCALE] = scale
+
+
+def unfreeze(optimizer: Any) -> None:
+    """Let the scale be learned again."""
+    optimizer.param_groups[0][_state.FROZEN_SCALE] = 0.0
+
+
+def is_frozen(optimizer: Any) -> bool:
+    """Tell whether the scale is frozen."""
+    return bool(optimizer.param_groups[0].get(_state.FROZEN_SCALE))
+
+
+def frozen_step(
+    optimizer: Any, buckets: list[Bucket], spreads: Sequence[Spread], base_step: Callable[[], Any], loss: Any
+) -> Any:
+    """Make the base's step at lr times the frozen scale; return what it returns, or `loss` if it is skipped."""
+    home, config = optimizer.param_groups[0], optimizer.mechanic_config
+    scale = _state.read_tuner(optimizer, config).scales.sum()
+    optimizer._start_is_known = True  # where a scale is, there was a start
+    skip, found_inf, we_skip = scale.new_zeros((), dtype=torch.bool), None, _steps.needs_us(optimizer, buckets)
+    if config.skip_nonfinite:
+        skip = _is_not_finite(optimizer, buckets, spreads, like=scale)
+        found_inf = skip if _base.skips_by_itself(optimizer) else None
+    elif hasattr(optimizer, "found_inf"):
+        skip = optimizer.found_inf.to(scale.device) > 0
+    if _steps.is_left_out(optimizer, skip, we_skip):
+        return loss
+    unasked = skip if we_skip and not _base.can_ask_host() else None
+    before = [[x.clone() for x in bucket.params] for bucket in buckets] if unasked is not None else []
+    undone = _buckets.undone_where(unasked, optimizer, buckets, before)
+    unseen, found = _state.unseen_by_base(optimizer.state), _base.found_inf(optimizer, found_inf)
+    with undone, unseen, found, _base.lr_times(optimizer, home[_state.FROZEN_SCALE]):
+        loss = base_step()
+    _buckets.store(optimizer, buckets)
+    _state.note(optimizer, skip, unit=None, lr=_base.largest_lr(optimizer, scale), scale=scale)
+    _steps.count(optimizer, skip)
+    return loss
+
+
+def _is_not_finite(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], like: Tensor) -> Tensor:
+    """Tell whether a gradient is not finite, here or in another process that shares the tuner; shape ()."""
+    parts = {spread: like.new_zeros(4) for spread in [(), *spreads]}
+    for bucket in buckets:
+        # The largest entry cannot overflow, as a sum of squares could; times 0 it is 0, or NaN.
+        grads = [g if g.layout is torch.strided else g._values() for g in bucket.grads]
+        largest = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf)
+        parts[bucket.spread] += largest.to(like) * 0.0
+    parts = {spread: _base.unscaled(optimizer, part) for spread, part in parts.items()}
+    return sum_over_processes(parts, spreads).isfinite().all().logical_not()
+
+
+def at_most(scales: Tensor, limit: Tensor) -> Tensor:
+    """Return the scales, made smaller by one factor if their sum, added up in whatever order, could exceed `limit`.
+
+    Args:
+        scales: the vector s, shape (n,).
+        limit: shape ().
+    """
+    margin = 1 - (len(scales) + 8) * torch.finfo(scales.dtype).eps
+    return scales * (margin * limit / scales.sum()).clamp_max(1.0)

@@ -1,0 +1,108 @@
+"""Warnings about training that has not started: where they come, and that they come nowhere else."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from counting import Operations
+from mechanic_pytorch import _warnings, mechanize
+from problems import IMAGES, LABELS, loss_of, mlp, train
+
+STEPS = _warnings.NOTHING_SEEN[1]
+
+
+def one_warning(caught):
+    assert len(caught) == 1
+    return str(caught[0].message)
+
+
+@pytest.mark.parametrize("s_init", [1e-8, "auto"])
+@pytest.mark.parametrize("reason", ["zero gradients", "no gradients", "lr 0"])
+def test_training_that_does_not_start(reason, s_init):
+    model = mlp()
+    optimizer = mechanize(torch.optim.SGD, s_init=s_init)(model.parameters(), lr=0.0 if reason == "lr 0" else 1.0)
+
+    def run(steps):
+        for t in range(steps):
+            if reason == "lr 0":
+                loss_of(model, t).backward()
+            elif reason == "zero gradients":
+                (0.0 * sum(p.sum() for p in model.parameters())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run(STEPS - 1)  # warnings are errors here
+    with pytest.warns(UserWarning, match="Remedy: make sure that lr is not 0") as caught:
+        run(1)
+    assert "MechanizedSGD: training has not started: after 500 steps the scale is 0e+00" in one_warning(caught)
+    assert caught[0].filename == __file__
+    run(STEPS)  # once
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("lr", [1e-8, 1e-6])
+def test_a_tiny_lr_with_the_default_start(base, lr):
+    model = mlp()
+    optimizer = mechanize(base)(model.parameters(), lr=lr)
+    optimizer._base_has_moved = True  # another warning, tested elsewhere
+    with pytest.warns(UserWarning, match=r'Remedy: pass s_init="auto", or lr=1\.0') as caught:
+        train(model, optimizer, STEPS)
+    assert "the scale is held back" in one_warning(caught)
+
+
+HEALTHY = {
+    "mlp": (mlp, loss_of),
+    "logistic regression": (lambda: torch.nn.Linear(64, 10), loss_of),
+    "one image a batch": (mlp, lambda model, t: loss_of(model, t, 1)),
+    "regression": (
+        lambda: torch.nn.Linear(64, 1),
+        lambda model, t: F.mse_loss(model(IMAGES[t % 50 :: 50])[:, 0], LABELS[t % 50 :: 50].float()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(
+    ("base", "s_init"), [(torch.optim.AdamW, 1e-8), (torch.optim.SGD, 1e-8), (torch.optim.SGD, "auto")]
+)
+def test_quiet_where_training_starts(name, base, s_init):
+    make, loss = HEALTHY[name]
+    torch.manual_seed(0)
+    model = make()
+    optimizer = mechanize(base, s_init=s_init)(model.parameters(), lr=1.0)
+    schedule = LambdaLR(optimizer, lambda t: min(1.0, t / 200))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in range(STEPS):
+            optimizer.zero_grad()
+            loss(model, t).backward()
+            optimizer.step()
+            schedule.step()
+    assert optimizer._watched == (STEPS, 2 * STEPS), "there was a look, and there will be another"
+
+
+def test_it_reads_from_the_device_after_500_steps_and_1000():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD, s_init=1e-3)([p], lr=1e-3, fused=True)
+    reads = []
+    for t in range(1, 2 * STEPS + 1):
+        p.grad = p.detach().clone()
+        with Operations() as operations:
+            optimizer.step()
+        if operations.host_reads and t > 2:
+            reads.append(t)
+    assert reads == [500, 1000]
+
+
+def test_a_reset_begins_anew_and_frozen_steps_do_not_count():
+    model = mlp()
+    optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=1.0)
+    train(model, optimizer, 20)
+    optimizer.freeze_scale()
+    train(model, optimizer, 20)
+    assert optimizer._watched[0] == 20
+    optimizer.reset()
+    assert optimizer._watched == _warnings.NOTHING_SEEN
