@@ -14,14 +14,17 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 
 def unwrapped_step(optimizer: Optimizer, mixin: type[Optimizer]) -> Callable[..., Any]:
-    """Return the bound `step` of the base, the class that follows `mixin`, without what torch wraps around it.
+    """Return the `step` of the base, the class that follows `mixin`, without what torch wraps around it.
 
     torch wraps `Base.step` in hooks and a profiler record as soon as one plain `Base` exists. Those of the mechanized
     step have fired for both. Its own bases are also wrapped in a switch of the grad mode, to what it is already.
+
+    It is a function, not a method: torch.compile, where it breaks a graph, finds a method again by its name, which is
+    that of the mechanized step.
     """
     classes = type(optimizer).__mro__
     step = classes[classes.index(mixin) + 1].step  # type: ignore[attr-defined]
-    return unwrapped(step).__get__(optimizer)  # type: ignore[no-any-return]
+    return unwrapped(step)  # type: ignore[no-any-return]
 
 
 def unwrapped(step: Any) -> Any:

@@ -196,7 +196,7 @@ class Mechanic(Optimizer):
         if torch.compiler.is_compiling() and begins:
             return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
         inputs = args if closure is None else (replay, *args)
-        base_step = partial(_base.unwrapped_step(self, Mechanic), *inputs, **kwargs)
+        base_step = partial(_base.unwrapped_step(self, Mechanic), self, *inputs, **kwargs)
         if _control.is_frozen(self):
             return _control.frozen_step(self, buckets, spreads, base_step, loss)
 
