@@ -1,6 +1,7 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
 import gzip
+import inspect
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mechanic_pytorch import _report, _run, patched
+from mechanic_pytorch import _report, _run, mechanize, patched
 from mechanic_pytorch.__main__ import main
 from problems import mlp, train
 
@@ -274,11 +275,11 @@ def test_options_reach_the_tuner(script):
         "p = [torch.zeros(3, requires_grad=True)]\n"
         "for o in (torch.optim.SGD(p, lr=0.5), torch.optim.Adam(p), torch.optim.LBFGS(p)):\n"
         "    c = getattr(o, 'mechanic_config', None)\n"
-        "    print(type(o).__name__, c and (c.s_init, c.s_decay, c.betas, c.eps, c.skip_nonfinite, c.log_every),\n"
-        "        o.param_groups[0]['lr'])\n"
+        "    config = c and (c.s_init, c.s_decay, c.betas, c.eps, c.skip_nonfinite, c.log_every, c.max_lr)\n"
+        "    print(type(o).__name__, config, o.param_groups[0]['lr'])\n"
     )
     done = python(*COMMAND, path, check=0)
-    config = "('auto', 0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-08, True, 0)"
+    config = "('auto', 0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-08, True, 0, None)"
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 0.5",
         f"MechanizedAdam {config} 0.001",
@@ -287,9 +288,19 @@ def test_options_reach_the_tuner(script):
     assert "mechanic: SGD has learned no learning rate: its step() was never called" in done.stderr
     assert "mechanic: LBFGS was left as it is: it assumes" in done.stderr
     options = ["--s-init", "1e-6", "--s-decay", "0.1", "--betas", "0.9,0.99", "--eps", "1e-9", "--log-every", "2"]
-    options += ["--no-skip-nonfinite", "--base-lr", "2", "--include", "LBFGS", "--exclude", "torch.optim.Adam"]
+    options += [
+        "--no-skip-nonfinite",
+        "--base-lr",
+        "2",
+        "--max-lr",
+        "3",
+        "--include",
+        "LBFGS",
+        "--exclude",
+        "torch.optim.Adam",
+    ]
     done = python(*COMMAND, *options, path, check=0)
-    config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 2)"
+    config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 2, 3.0)"
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 2.0",
         "Adam None 0.001",
@@ -649,8 +660,10 @@ def test_help_names_every_option_of_mechanize_and_keeps_the_examples_on_their_li
     text = capsys.readouterr().out
     assert text.startswith("Usage: mechanic run [OPTIONS] SCRIPT [ARGS]...\n")
     assert "\n    mechanic run train.py --epochs 10\n" in text
-    ours = ("--s-init", "--s-decay", "--betas", "--eps", "--log-every", "--skip-nonfinite", "--process-group")
-    assert all(option in text for option in ours)
+    for_python = {"Base", "store_delta", "log_func"}  # a class, a word without effect, a function
+    ours = inspect.signature(mechanize).parameters.keys() - for_python
+    assert len(ours) >= 8
+    assert all(f"--{option.replace('_', '-')}" in text for option in ours)
 
 
 @pytest.mark.parametrize("missing", ["click", "rich"])

@@ -153,6 +153,7 @@ def _mechanic() -> None:
     show_default=True,
     help="Skip steps whose gradient is inf or nan.",
 )
+@click.option("--max-lr", type=float, help="Bound of the effective learning rate; none if not given.")
 @click.option(
     "--process-group",
     type=click.Choice(["world"]),
