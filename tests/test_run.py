@@ -50,6 +50,14 @@ print("trained", flush=True)
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell has its jobs in the background ignore Ctrl-C, and what they start does, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def python(*arguments, check=None, **options):
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     options = {"timeout": 300, "capture_output": True, "text": True, "encoding": "utf-8", **options}
