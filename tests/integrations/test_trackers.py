@@ -80,6 +80,7 @@ class WandB:
 
     def finish(self):
         self.run.finish()
+        wandb.teardown()  # its service has closed the file when it has ended, not before
 
 
 class Accelerate:
@@ -92,6 +93,7 @@ class Accelerate:
 
     def finish(self):
         self.accelerator.end_training()
+        wandb.teardown()
 
 
 @pytest.fixture(autouse=True)
@@ -144,4 +146,5 @@ def test_the_numbers_arrive_and_go_on_after_a_resume(kind, readers, tmp_path):
     for reader in readers:
         for directory, expected in (("whole", whole), ("first", first), ("rest", rest)):
             rows = reader(tmp_path / directory)
+            assert rows, (reader, [str(path) for path in (tmp_path / directory).rglob("*")])
             assert rows == {step: pytest.approx(row, rel=1e-6) for step, row in expected.items()}
