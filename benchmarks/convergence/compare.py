@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
@@ -109,8 +109,12 @@ def over(tables: Iterable[TaskResults], method: str) -> Over | None:
     if not ratios:
         return None
     where = max(ratios, key=lambda name: ratios[name])
-    mean = geometric_mean(ratios.values()) if all(map(math.isfinite, ratios.values())) else math.inf
-    return Over(len(ratios), mean, ratios[where], where)
+    return Over(len(ratios), geometric(ratios.values()), ratios[where], where)
+
+
+def geometric(values: Collection[float]) -> float:
+    """Return the geometric mean, infinite if one of the values is."""
+    return geometric_mean(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def points(table: TaskResults, method: str) -> float | None:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from .compare import TaskResults, apart, over, points
-from .methods import FIXED, LEARNED, NAMES, TEACHER
+from .methods import FIXED, NAMES, TEACHER
 from .report import accuracies, constants, markdown_table, number, signed
 
 MARK = re.compile(r"(<!-- convergence: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -77,20 +77,18 @@ def base_rates(tables: Sequence[TaskResults]) -> str:
 
 def every_task(tables: Sequence[TaskResults]) -> str:
     """Return a row for each task: the tuned learning rate, the learned one, and losses relative to tuned."""
-    methods = [method for method in NAMES if method != LEARNED]
     rows = []
     for table in tables:
-        spread = table.spread(TEACHER)
         rows.append(
             [
                 table.task.name,
                 number(table.tuned_lr, ".2g"),
                 number(table.rate(TEACHER), ".2g"),
-                *(relative(table.ratio(method)) for method in (*methods, LEARNED)),
-                relative(spread),
+                *(relative(table.ratio(method)) for method in NAMES),
+                relative(table.spread(TEACHER)),
             ]
         )
-    head = ["task", "tuned lr", "learned lr", *methods, LEARNED, f"{TEACHER}: worst seed / best"]
+    head = ["task", "tuned lr", "learned lr", *NAMES, f"{TEACHER}: worst seed / best"]
     return markdown_table(head, rows)
 
 

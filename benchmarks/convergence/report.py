@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import fmean, geometric_mean, median
+from statistics import fmean, median
 from typing import Any
 
-from .compare import TaskResults, apart, over, points
+from .compare import TaskResults, apart, geometric, over, points
 from .methods import ABLATION, FIXED, LEARNED, TEACHER, finite
 from .plan import FLOOR
 from .results import key
@@ -112,8 +112,8 @@ def summary(tables: list[TaskResults]) -> str:
                 f"{number(losses.worst)} ({losses.where})",
                 signed(fmean(changes)) if changes else "",
                 signed(min(changes)) if changes else "",
-                number(geometric_mean(tests) if all(map(math.isfinite, tests)) else math.inf) if tests else "",
-                number(geometric_mean(spreads)) if spreads else "",
+                number(geometric(tests)) if tests else "",
+                number(geometric(spreads)) if spreads else "",
             ]
         )
     head = [
