@@ -547,10 +547,10 @@ def test_curves_are_bounded(monkeypatch):
     monkeypatch.setattr(_report, "CAPACITY", 8)
     _, records, losses = record_of_training(30, closure=True)
     (record,) = records.values()
-    kept = record.losses()
+    effective_lr, kept = record.read()
     assert [step for step, _ in kept] == [1, 5, 9, 13, 17, 21, 25, 29]
     assert [loss for _, loss in kept] == [losses[step - 1] for step, _ in kept]
-    assert [step for step, _ in record.effective_lr()] == [step for step, _ in kept]
+    assert [step for step, _ in effective_lr] == [step for step, _ in kept]
 
 
 def scalars(directory):
@@ -565,7 +565,7 @@ def test_tensorboard_gets_every_curve_and_no_earlier_one(tmp_path):
         assert _report.write(tmp_path, built, records, {}) == []
     (record,) = records.values()
     expected = {
-        "AdamW/effective lr": [(step, lr) for step, (lr,) in record.effective_lr()],
+        "AdamW/effective lr": [(step, lr) for step, (lr,) in record.read()[0]],
         "AdamW/loss": list(enumerate(losses, 1)),
     }
     logged = scalars(tmp_path)

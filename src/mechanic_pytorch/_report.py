@@ -36,14 +36,12 @@ class Record:
         optimizer.register_step_pre_hook(self._watch)
         optimizer.register_step_post_hook(self._keep)
 
-    def effective_lr(self) -> list[tuple[int, list[float]]]:
-        """Return (step, the effective lr of each group)."""
-        return [(row.steps, row.effective_lr) for row in read([taken for taken, _ in self._rows.values])]
-
-    def losses(self) -> list[tuple[int, float]]:
-        """Return (step, the loss before it), as far as closures returned one."""
-        rows = zip(self.effective_lr(), (loss for _, loss in self._rows.values), strict=True)
-        return [(step, float(loss)) for (step, _), loss in rows if loss is not None]
+    def read(self) -> tuple[list[tuple[int, list[float]]], list[tuple[int, float]]]:
+        """Return (step, the effective lr of each group), and (step, the loss before it), if a closure returned one."""
+        rows = read([taken for taken, _ in self._rows.values])
+        losses = [loss for _, loss in self._rows.values]
+        effective_lr = [(row.steps, row.effective_lr) for row in rows]
+        return effective_lr, [(row.steps, float(x)) for row, x in zip(rows, losses, strict=True) if x is not None]
 
     def _watch(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._seen.clear()
@@ -184,6 +182,7 @@ def write(
 def _as_json(one: Built, name: str, record: Record | None) -> dict[str, Any]:
     learned: Sequence[float | None] = one.learned_lr() or [None] * len(one.script_lrs)
     groups = [{"script_lr": a, "learned_lr": b} for a, b in zip(one.script_lrs, learned, strict=True)]
+    effective_lr, losses = record.read() if record else ([], [])
     return {
         "name": name,
         "class": f"{one.base.__module__}.{one.base.__qualname__}",
@@ -193,8 +192,8 @@ def _as_json(one: Built, name: str, record: Record | None) -> dict[str, Any]:
         "skipped_steps": one.skipped_steps if one.is_mechanized else None,
         "groups": groups,
         "advice": advice(one, name),
-        "effective_lr": record.effective_lr() if record else [],
-        "loss": record.losses() if record else [],
+        "effective_lr": effective_lr,
+        "loss": losses,
     }
 
 
