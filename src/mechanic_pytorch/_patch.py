@@ -149,10 +149,7 @@ class Built:
 
     def _see(self, optimizer: Optimizer, *_: Any) -> None:
         """Note what a report needs: references to tensors, which are not looked at, and numbers."""
-        self._groups = [
-            {key: group[key] for key in group if key in ("lr", "initial_lr") or key.startswith("mechanic_")}
-            for group in optimizer.param_groups
-        ]
+        self._groups = [_state.worth_reading(group) for group in optimizer.param_groups]
         if len(self.script_lrs) < len(self._groups):
             self.script_lrs += [lr / self._factor for lr in lrs(optimizer, "initial_lr")[len(self.script_lrs) :]]
 

@@ -102,6 +102,11 @@ def average_lr(optimizer: Optimizer) -> float:
     return float(highest * effective / plain) if plain else 0.0
 
 
+def worth_reading(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a parameter group tells what was learned: its lr, and our own keys. Nothing is looked at."""
+    return {key: group[key] for key in group if key in ("lr", "initial_lr") or key.startswith("mechanic_")}
+
+
 def clear(optimizer: Optimizer, config: Config) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
     for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, FROZEN_SCALE, STEPS, SKIPPED_STEPS):

@@ -193,13 +193,12 @@ def snapshot(optimizer: object) -> Snapshot:
     parts = []
     for group in inner.param_groups:
         groups.append({"params": []})
-        for key, value in group.items():
-            if key in ("lr", "initial_lr") or key.startswith("mechanic_"):
-                if isinstance(value, Tensor):
-                    # Bytes, for the counters are integers, and the one float type that holds them is not everywhere.
-                    parts.append(value.detach().to(device).reshape(-1).view(torch.uint8))
-                    value = _Place(value.dtype, value.shape)
-                groups[-1][key] = value
+        for key, value in _state.worth_reading(group).items():
+            if isinstance(value, Tensor):
+                # Bytes, for the counters are integers, and the one float type that holds them is not everywhere.
+                parts.append(value.detach().to(device).reshape(-1).view(torch.uint8))
+                value = _Place(value.dtype, value.shape)
+            groups[-1][key] = value
     return Snapshot(type(inner), groups, torch.cat(parts))
 
 
