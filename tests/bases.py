@@ -15,11 +15,18 @@ class Case:
     options: dict = field(default_factory=dict)
     model: object = mlp
     closure: bool = False
+    per_group: bool = False  # a scale for each layer
 
     def build(self, **mechanic_options):
         """Return a new model and its mechanized optimizer at lr=1.0."""
         model = self.model()
-        return model, mechanize(self.base, **mechanic_options)(model.parameters(), lr=1.0, **self.options)
+        mechanized = mechanize(self.base, **{"per_group": self.per_group, **mechanic_options})
+        return model, mechanized(self.params(model), lr=1.0, **self.options)
+
+    def params(self, model):
+        """Return what an optimizer of the model takes."""
+        layers = [list(layer.parameters()) for layer in model.children()]
+        return [{"params": layer} for layer in layers if layer] if self.per_group else model.parameters()
 
 
 CASES = {
@@ -34,6 +41,7 @@ CASES = {
     "AdamW_bfloat16": Case(torch.optim.AdamW, model=partial(mlp, torch.bfloat16)),
     "AdamW_bfloat16_fused": Case(torch.optim.AdamW, {"fused": True}, model=partial(mlp, torch.bfloat16)),
     "AdamW_float64": Case(torch.optim.AdamW, model=partial(mlp, torch.float64)),
+    "AdamW_per_group": Case(torch.optim.AdamW, {"fused": True}, per_group=True),
     "NAdam": Case(torch.optim.NAdam),
     "RAdam": Case(torch.optim.RAdam),
     "RMSprop": Case(torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),

@@ -3,6 +3,7 @@
 import copy
 import traceback
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -73,13 +74,32 @@ def whole(tensor):
 # --- layouts: each returns the model, its optimizer, this process's share of a batch, and how to see whole weights ----
 
 
-s_init = 1e-4  # of all of them; `auto_start` changes it
+common = {"s_init": 1e-4, "s_decay": 0.1}  # options of all of them; `changed` changes them
+
+
+@contextmanager
+def changed(**options):
+    before = dict(common)
+    common.update(options)
+    yield
+    common.clear()
+    common.update(before)
+
+
+def groups(model, params):
+    """Return the parameters in two groups, if each is to have a scale: those of the first block, and the others."""
+    params = list(params)
+    if not common.get("per_group"):
+        return params
+    body = {id(p) for p in getattr(model, "module", model)[0].parameters()}
+    first = [p for p in params if id(p) in body]
+    return [{"params": first, "lr": 0.5}, {"params": [p for p in params if id(p) not in body]}]
 
 
 def setup(model, params, base, part=slice(None), process_group=None, weights=None, lr=1.0, **options):
     cls, kwargs = BASES[base]
-    mechanized = mechanize(cls, s_decay=0.1, s_init=s_init, process_group=process_group, **options)
-    optimizer = mechanized(params, lr=lr, **kwargs)
+    mechanized = mechanize(cls, process_group=process_group, **common, **options)
+    optimizer = mechanized(groups(model, params), lr=lr, **kwargs)
     weights = weights or (lambda: {name: whole(p) for name, p in model.named_parameters()})
     return SimpleNamespace(model=model, optimizer=optimizer, part=part, weights=weights)
 
@@ -162,8 +182,8 @@ def zero(base, rank, size):
 
     model = DistributedDataParallel(build(base != "muon"))
     cls, kwargs = BASES[base]
-    mechanized = mechanize(cls, s_decay=0.1, s_init=s_init, process_group=dist.group.WORLD)
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), mechanized, lr=1.0, **kwargs)
+    mechanized = mechanize(cls, process_group=dist.group.WORLD, **common)
+    optimizer = ZeroRedundancyOptimizer(groups(model, model.parameters()), mechanized, lr=1.0, **kwargs)
     weights = lambda: {name: whole(p) for name, p in model.module.named_parameters()}  # noqa: E731
     return SimpleNamespace(model=model, optimizer=optimizer, part=share_of(rank, size), weights=weights)
 
@@ -204,17 +224,27 @@ def trajectory(layout, base, rank, size):
 
 
 def auto_start(layout, base, rank=0, size=1):
-    global s_init
-    s_init, before = "auto", s_init
-    try:
+    with changed(s_init="auto"):
         return outcome(train(globals()[layout](base, rank, size)))
-    finally:
-        s_init = before
+
+
+def per_group(layout, base, s_init, rank=0, size=1):
+    """A scale for each of two groups, of which the first has no gradient at some steps, in no process."""
+    with changed(per_group=True, s_init=s_init):
+        run = globals()[layout](base, rank, size)
+
+        def drop(t):
+            if t % 5 == 3 or t == 0:
+                for p in run.optimizer.param_groups[0]["params"]:
+                    p.grad = None
+
+        return outcome(train(run, after_backward=drop))
 
 
 def collectives(layout, base, rank, size):
     """Calls and host reads of a step, after the first ones, and the sizes of what is reduced."""
-    run = train(globals()[layout](base, rank, size), 3)
+    with changed(per_group=base.endswith("per_group")):
+        run = train(globals()[layout](base.removesuffix(" per_group"), rank, size), 3)
     loss_of(run.model, 3, run.part).backward()
     sizes, original = [], dist.all_reduce
 
@@ -336,9 +366,14 @@ def mixed_precision_by_hand(size):
 
 
 def mismatch(name, rank, size):
-    options = {"s_init": {"s_init": 1e-4 * (rank + 1)}, "betas": {"betas": (0.9, 0.99)[: rank + 1]}}[name]
+    options = {
+        "s_init": {"s_init": 1e-4 * (rank + 1)},
+        "betas": {"betas": (0.9, 0.99)[: rank + 1]},
+        "the number of scales": {"per_group": True},
+    }[name]
     model = shard(build())
-    optimizer = mechanize(torch.optim.SGD, **options)(model.parameters(), lr=1.0)
+    groups = [{"params": model.parameters()}] + [{"params": []}] * rank
+    optimizer = mechanize(torch.optim.SGD, **options)(groups, lr=1.0)
     loss_of(model, 0).backward()
     try:
         optimizer.step()
@@ -346,16 +381,18 @@ def mismatch(name, rank, size):
         return str(error)
 
 
-def save(directory, dtype, rank, size):
+def save(directory, dtype, per_group, rank, size):
     """Train, save, and train on: the last is what every resumed run must equal."""
-    run = train(fsdp2("adamw", rank, size, dtype), 10)
+    with changed(per_group=per_group):
+        run = train(fsdp2("adamw", rank, size, dtype), 10)
     model, optimizer = get_state_dict(run.model, run.optimizer)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=directory)
     return outcome(train(run, 10, first=10))
 
 
-def resume(directory, dtype, rank, size):
-    run = fsdp2("adamw", rank, size, dtype) if size > 1 else single("adamw", dtype=dtype)
+def resume(directory, dtype, per_group, rank, size):
+    with changed(per_group=per_group):
+        run = fsdp2("adamw", rank, size, dtype) if size > 1 else single("adamw", dtype=dtype)
     model, optimizer = get_state_dict(run.model, run.optimizer)  # takes a dummy step
     state = {"model": model, "optimizer": optimizer}
     dcp.load(state, checkpoint_id=directory)

@@ -30,6 +30,7 @@ BAD = [
     ({"max_lr": math.inf}, ValueError, "max_lr must be None or a finite number > 0. Got inf."),
     ({"max_lr": "0.1"}, TypeError, "max_lr must be None or a finite number > 0. Got '0.1'."),
     ({"store_delta": "yes"}, TypeError, "store_delta must be True or False. Got 'yes'."),
+    ({"per_group": None}, TypeError, "per_group must be True or False. Got None."),
     ({"process_group": 3}, TypeError, "process_group must be a torch.distributed.ProcessGroup, or None. Got 3."),
     ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be True or False. Got None."),
     ({"log_func": 3}, TypeError, "log_func must be a function of one dict, or None. Got 3."),

@@ -39,7 +39,7 @@ def plain_twin(model, optimizer, name):
     """Return a copy of the model, and the plain base with the same state at the effective lr."""
     case = CASES[name]
     twin = copy.deepcopy(model)
-    plain = case.base(twin.parameters(), lr=1.0, **case.options)
+    plain = case.base(case.params(twin), lr=1.0, **case.options)
     state = {i: {k: v for k, v in s.items() if "mechanic" not in k} for i, s in optimizer.state_dict()["state"].items()}
     plain.load_state_dict(copy.deepcopy({"state": state, "param_groups": plain.state_dict()["param_groups"]}))
     for group, lr in zip(plain.param_groups, optimizer.effective_lr(), strict=True):

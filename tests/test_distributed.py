@@ -21,7 +21,16 @@ TRAJECTORIES = [
     for base in ["sgd", "adamw", *(["muon"] if layout in MUON else [])]
 ]
 FROZEN = [("fsdp2", "sgd"), ("fsdp2", "adamw_fused"), ("fsdp1", "sgd"), ("owners", "adamw")]
-DTYPES = [torch.float64, torch.bfloat16]
+SAVED = [(torch.float64, False), (torch.bfloat16, False), (torch.float64, True)]  # dtype, per_group
+PER_GROUP = [
+    *((2, layout, "adamw", 1e-4) for layout in ("ddp", "fsdp2", "fsdp1", "zero", "owners")),
+    *((2, layout, "sgd", "auto") for layout in ("fsdp2", "owners")),
+    (4, "fsdp2_tp", "adamw", "auto"),
+]
+
+
+def path_of(directory, dtype, per_group):
+    return str(directory / f"{dtype}{' per group' * per_group}")
 
 
 @pytest.fixture(scope="session")
@@ -35,18 +44,20 @@ def world(directory):
 
     def jobs_of(size):
         jobs = [("trajectory", layout, base) for n, layout, base in TRAJECTORIES if n == size]
-        jobs += [("resume", str(directory / str(dtype)), dtype) for dtype in DTYPES] if size != 2 else []
+        jobs += [("resume", path_of(directory, *saved), *saved) for saved in SAVED] if size != 2 else []
+        jobs += [("per_group", *job) for n, *job in PER_GROUP if n == size]
         if size == 2:
-            jobs += [("save", str(directory / str(dtype)), dtype) for dtype in DTYPES]
-            jobs += [("resume", str(directory / str(dtype)), dtype) for dtype in DTYPES]
+            jobs += [("save", path_of(directory, *saved), *saved) for saved in SAVED]
+            jobs += [("resume", path_of(directory, *saved), *saved) for saved in SAVED]
             jobs += [("collectives", layout, "adamw_fused") for layout in ("ddp", "fsdp2", "fsdp1")]
+            jobs += [("collectives", "fsdp2", "adamw_fused per_group")]
             jobs += [("missing_gradient", layout) for layout in ("owners", "fsdp1")]
             jobs += [("one_bad_rank", layout, "sgd") for layout in ("fsdp2", "owners", "fsdp1")]
             jobs += [("one_bad_rank", "fsdp2", "adamw_fused"), ("one_overflow",)]
             jobs += [("accumulated", layout) for layout in ("ddp", "fsdp2")]
             jobs += [("frozen", *job) for job in FROZEN]
             jobs += [("empty_process",), ("mixed_precision",), ("full_state_dict",)]
-            jobs += [("mismatch", "s_init"), ("mismatch", "betas")]
+            jobs += [("mismatch", name) for name in ("s_init", "betas", "the number of scales")]
             jobs += [("auto_start", layout, "adamw") for layout in ("ddp", "fsdp2", "fsdp1", "owners")]
         else:
             jobs += [("collectives", "fsdp2_tp", "adamw"), ("collectives", "hsdp", "adamw_fused")]
@@ -80,7 +91,7 @@ def one_process(base, steps=layouts.STEPS, **options):
 
 
 def assert_equal_to_one_process(results, expected, rtol=1e-9):
-    assert expected["scale"] > 1e-4
+    assert expected["scale"].max() > 1e-4
     for result in results:
         assert torch.equal(result["scale"], results[0]["scale"]), "bit for bit the same scale in all processes"
         torch.testing.assert_close(result["scale"], expected["scale"], rtol=rtol, atol=0)
@@ -102,22 +113,30 @@ def test_a_start_without_units_sees_all_parts(world, size, layout):
     assert_equal_to_one_process(world(size, "auto_start", layout, "adamw"), expected)
 
 
+@pytest.mark.parametrize(("size", "layout", "base", "s_init"), PER_GROUP)
+def test_a_scale_per_group_sees_all_parts_of_its_group(world, size, layout, base, s_init):
+    expected = layouts.per_group("single", base, s_init)
+    assert expected["scale"].shape == (2,)
+    assert_equal_to_one_process(world(size, "per_group", layout, base, s_init), expected)
+
+
 @pytest.mark.parametrize(
     ("size", "layout", "base", "calls"),
     [
         (2, "ddp", "adamw_fused", 0),
         (2, "fsdp2", "adamw_fused", 1),
         (2, "fsdp1", "adamw_fused", 1),
+        (2, "fsdp2", "adamw_fused per_group", 1),
         (4, "hsdp", "adamw_fused", 1),
         (4, "fsdp2_tp", "adamw", 2),
     ],
 )
-def test_one_collective_of_four_numbers_per_group(world, size, layout, base, calls):
-    """Nothing else is communicated, and with a fused base nothing is read by the host."""
+def test_one_collective_of_four_numbers_per_process_group(world, size, layout, base, calls):
+    """Nothing else is communicated, and with a fused base nothing is read by the host. Two scales take eight."""
     for result in world(size, "collectives", layout, base):
-        assert result["sizes"] == [4] * calls
+        assert result["sizes"] == [8 if base.endswith("per_group") else 4] * calls
         assert sum(result["counts"].values()) == calls
-        if base == "adamw_fused":
+        if base.startswith("adamw_fused"):
             assert result["host_reads"] == 0
 
 
@@ -189,7 +208,14 @@ def test_mixed_precision_policy(world):
     assert_equal_to_one_process(results, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "values"), [("s_init", ("0.0001", "0.0002")), ("betas", ("(0.9,)", "(0.9, 0.99)"))])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("s_init", ("0.0001", "0.0002")),
+        ("betas", ("(0.9,)", "(0.9, 0.99)")),
+        ("the number of scales", ("1", "2")),
+    ],
+)
 def test_different_options_are_reported_with_both_values(world, name, values):
     for message in world(2, "mismatch", name):
         assert message is not None, "did not raise"
@@ -199,22 +225,24 @@ def test_different_options_are_reported_with_both_values(world, name, values):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_checkpoint_of_two_processes_resumes_on_any_number(world, directory, size, dtype):
-    expected = world(2, "save", str(directory / str(dtype)), dtype)[0]
-    results = world(size, "resume", str(directory / str(dtype)), dtype)
+@pytest.mark.parametrize(("dtype", "per_group"), SAVED, ids=str)
+def test_a_checkpoint_of_two_processes_resumes_on_any_number(world, directory, size, dtype, per_group):
+    path = path_of(directory, dtype, per_group)
+    expected = world(2, "save", path, dtype, per_group)[0]
+    results = world(size, "resume", path, dtype, per_group)
     for result in results:
         assert result["delta_dtypes"] == {torch.float64 if dtype == torch.float64 else torch.float32}
+        assert result["scale"].shape == ((2,) if per_group else ())
     # In bfloat16 another order of the sums may fall on the other side of a rounding boundary.
     assert_equal_to_one_process(results, expected, rtol=1e-9 if dtype == torch.float64 else 2**-6)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")  # it is one process
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_checkpoint_of_two_processes_resumes_in_one(world, directory, dtype):
-    path = str(directory / str(dtype))
-    expected = world(2, "save", path, dtype)[0]
-    result = layouts.resume(path, dtype, 0, 1)
+@pytest.mark.parametrize(("dtype", "per_group"), SAVED, ids=str)
+def test_a_checkpoint_of_two_processes_resumes_in_one(world, directory, dtype, per_group):
+    path = path_of(directory, dtype, per_group)
+    expected = world(2, "save", path, dtype, per_group)[0]
+    result = layouts.resume(path, dtype, per_group, 0, 1)
     assert_equal_to_one_process([result], expected, rtol=1e-9 if dtype == torch.float64 else 2**-6)
 
 

@@ -283,11 +283,12 @@ def test_options_reach_the_tuner(script):
         "p = [torch.zeros(3, requires_grad=True)]\n"
         "for o in (torch.optim.SGD(p, lr=0.5), torch.optim.Adam(p), torch.optim.LBFGS(p)):\n"
         "    c = getattr(o, 'mechanic_config', None)\n"
-        "    config = c and (c.s_init, c.s_decay, c.betas, c.eps, c.skip_nonfinite, c.log_every, c.max_lr)\n"
+        "    config = c and (c.s_init, c.s_decay, c.betas, c.eps, c.skip_nonfinite, c.log_every)\n"
+        "    config = c and (*config, c.max_lr, c.per_group)\n"
         "    print(type(o).__name__, config, o.param_groups[0]['lr'])\n"
     )
     done = python(*COMMAND, path, check=0)
-    config = "('auto', 0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-08, True, 0, None)"
+    config = "('auto', 0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-08, True, 0, None, False)"
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 0.5",
         f"MechanizedAdam {config} 0.001",
@@ -302,13 +303,14 @@ def test_options_reach_the_tuner(script):
         "2",
         "--max-lr",
         "3",
+        "--per-group",
         "--include",
         "LBFGS",
         "--exclude",
         "torch.optim.Adam",
     ]
     done = python(*COMMAND, *options, path, check=0)
-    config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 2, 3.0)"
+    config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 2, 3.0, True)"
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 2.0",
         "Adam None 0.001",
@@ -327,6 +329,20 @@ def test_optimizers_of_others_are_reported_and_may_be_named(script):
     done = python(*COMMAND, "--optimizer", "__main__.Mine", "--log-every", "10", path, check=0)
     assert ADVICE.findall(done.stderr)[0][0] == "Mine"
     assert re.findall(r"^mechanic: step (\d+): scale \d", done.stderr, re.MULTILINE) == ["10", "20"]
+
+
+def test_a_scale_per_group_is_printed_and_reported_per_group(script):
+    path = script(
+        TRAINING.replace(
+            "optimizer = torch.optim.AdamW(model.parameters()",
+            "optimizer = torch.optim.AdamW([{'params': [p]} for p in model.parameters()]",
+        )
+    )
+    done = python(*COMMAND, "--per-group", "--log-every", "20", path)
+    ((_, scales),) = re.findall(r"^mechanic: step (20): scale (.+)$", done.stderr, re.MULTILINE)
+    a, b = map(float, scales.split(", "))
+    assert a != b
+    assert re.search(r"use AdamW with lr=\S+ in group 0, lr=\S+ in group 1$", done.stderr, re.MULTILINE)
 
 
 def test_a_script_without_an_optimizer_is_said_to_have_none(script):

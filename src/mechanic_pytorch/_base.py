@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,32 +127,36 @@ def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
 
 
 @contextmanager
-def lr_times(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Let a block find every lr multiplied by a factor, and put the user's back afterwards."""
-    if factor == 1.0:
-        yield
-        return
-    theirs = [(group, group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
-    ours = [(group, lr * factor) for group, lr in theirs]
+def lr_times(optimizer: Optimizer, factors: Sequence[float]) -> Iterator[None]:
+    """Let a block find the lr of each group multiplied by its factor, and put the user's back afterwards."""
+    changed = [
+        (group, factor, group["lr"], group["lr"] * factor)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True)
+        if group.get("lr") is not None and factor != 1.0
+    ]
     try:
-        for group, lr in ours:
-            group["lr"] = lr
+        for group, _, _, ours in changed:
+            group["lr"] = ours
         yield
     finally:
-        for (group, before), (_, lr) in zip(theirs, ours, strict=True):
-            group["lr"] = before if group["lr"] is lr else group["lr"] / factor  # the base has set it
+        for group, factor, theirs, ours in changed:
+            group["lr"] = theirs if group["lr"] is ours else group["lr"] / factor  # the base has set it
 
 
-def lrs(optimizer: Optimizer, key: str = "lr") -> list[float]:
+def lrs(groups: Sequence[dict[str, Any]], key: str = "lr") -> list[float]:
     """Return the lr of each group, or what is under another key; a base that has none, or sets it, counts as lr 1."""
-    values = [group.get(key, group.get("lr")) for group in optimizer.param_groups]
+    values = [group.get(key, group.get("lr")) for group in groups]
     return [1.0 if lr is None else float(lr) for lr in values]
 
 
-def largest_lr(optimizer: Optimizer, like: Tensor) -> float | Tensor:
-    """Return the largest lr of the groups; as a tensor like `like`, not looked at, if one of them is a tensor."""
+def largest_lr(optimizer: Any, like: Tensor) -> float | Tensor:
+    """Return the largest lr of the groups that share a tuner, or, with `per_group`, that of each, shape (G,).
+
+    It is a tensor like `like`, not looked at, if there are several or one of them is a tensor.
+    """
     values = [1.0 if lr is None else lr for lr in (group.get("lr") for group in optimizer.param_groups)]
-    if any(isinstance(lr, Tensor) for lr in values):
-        tensors = [lr.to(like).reshape(()) if isinstance(lr, Tensor) else like.new_full((), lr) for lr in values]
-        return torch.stack(tensors).max()
-    return max(values)
+    per_group = optimizer.mechanic_config.per_group
+    if not per_group and not any(isinstance(lr, Tensor) for lr in values):
+        return max(values)
+    tensors = [lr.to(like).reshape(()) if isinstance(lr, Tensor) else like.new_full((), lr) for lr in values]
+    return torch.stack(tensors) if per_group else torch.stack(tensors).max()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +17,19 @@ from mechanic_pytorch._state import COMPENSATION, DELTA, accumulator_dtype
 from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
 from mechanic_pytorch.kernels import Kernel
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 @dataclass
 class Bucket:
-    """Parameters that have a gradient and share a device, a dtype, a direction and a spread, as kernels take them.
+    """Parameters that have a gradient and share a tuner, a device, a dtype, a direction and a spread.
 
-    `owners` are the parameters themselves; the other lists hold plain, dense, real tensors that share their memory
-    (a complex parameter appears as its real view, a sharded one as its local part). A sparse gradient, alone, is not
-    dense until `densify` has made a copy of it.
+    `owners` are the parameters themselves; the other lists are what kernels take: plain, dense, real tensors that share
+    their memory (a complex parameter appears as its real view, a sharded one as its local part). A sparse gradient,
+    alone, is not dense until `densify` has made a copy of it.
     """
 
     kernel: Kernel  # that of their device
     spread: Spread  # the process groups that hold the other parts
+    tuner: tuple[int, ...]  # the index of its row, () if all share one
     sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
     group: dict[str, Any]  # the parameter group of all of them, where that asks for `fused`; else, of the first
     owners: list[Tensor] = field(default_factory=list)
@@ -67,23 +65,24 @@ class Bucket:
         self.grads = [grad if grad.layout is torch.strided else grad.to_dense() for grad in self.grads]
 
 
-def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[list[Bucket], list[Spread]]:
+def collect(optimizer: Any) -> tuple[list[Bucket], list[Spread]]:
     """Sort the parameters that have a gradient into buckets, each parameter once.
 
     Args:
-        optimizer: the optimizer.
-        process_group: the group over which plain tensors are parts of larger ones, or None.
+        optimizer: the optimizer, mechanized.
 
     Returns:
         The buckets, and how any of the parameters, with or without gradient, are spread over processes.
     """
-    buckets: dict[tuple[torch.device, torch.dtype, Spread, float, int], Bucket] = {}
-    whole_or_named: Spread = () if process_group is None else (process_group,)
+    buckets: dict[tuple[Any, ...], Bucket] = {}
+    config = optimizer.mechanic_config
+    whole_or_named: Spread = () if config.process_group is None else (config.process_group,)
     # A process that holds none of the parameters takes part in the sums, too.
-    spreads: dict[Spread, None] = {} if process_group is None else {whole_or_named: None}
+    spreads: dict[Spread, None] = {} if config.process_group is None else {whole_or_named: None}
     seen: set[int] = set()
     for i, group in enumerate(optimizer.param_groups):
         sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
+        tuner = (i,) if config.per_group else ()
         rule = i if group.get("fused") else -1  # `_fused` may make the base's step, with the options of one group
         for p in group["params"]:
             over = spread(p) if is_dtensor(p) else whole_or_named
@@ -92,10 +91,10 @@ def collect(optimizer: Optimizer, process_group: ProcessGroup | None) -> tuple[l
             if grad is None or id(p) in seen:
                 continue
             seen.add(id(p))
-            key = (p.device, p.dtype, over, sign, rule)
+            key = (tuner, p.device, p.dtype, over, sign, rule)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket(kernels.select(p.device), over, sign, group)
+                bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, group)
             bucket.add(p, grad, optimizer.state.get(p, {}))
     return list(buckets.values()), list(spreads)
 

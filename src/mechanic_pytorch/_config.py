@@ -36,6 +36,7 @@ class Config:
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = field(default=None, hash=False)
     max_lr: float | None = None
+    per_group: bool = False
 
     penalty: ClassVar[float] = 1.0  # Algorithm 1 has no other; `_start.py` has
 
@@ -49,7 +50,7 @@ class Config:
         if self.max_lr is not None:
             self._set("max_lr", _number("max_lr", self.max_lr, "None or a finite number > 0", "None sets no bound"))
         self._set("betas", _betas(self.betas))
-        for name in ("store_delta", "skip_nonfinite"):
+        for name in ("store_delta", "skip_nonfinite", "per_group"):
             value = getattr(self, name)
             if isinstance(value, str) or value is None or value not in (0, 1):
                 _refuse(TypeError, name, "True or False", value, "pass a bool")
@@ -67,7 +68,8 @@ class Config:
 
     def shared(self) -> dict[str, object]:
         """Return the options in which all processes of a sharded run must agree."""
-        return {name: getattr(self, name) for name in ("s_decay", "betas", "s_init", "eps", "skip_nonfinite", "max_lr")}
+        names = ("s_decay", "betas", "s_init", "eps", "skip_nonfinite", "max_lr", "per_group")
+        return {name: getattr(self, name) for name in names}
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

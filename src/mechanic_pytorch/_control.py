@@ -25,43 +25,55 @@ NOT_IN_PROPORTION = (Rprop, Adafactor, ASGD, LBFGS)
 
 
 def freeze(optimizer: Any) -> None:
-    """Note the scale that a step is to use from now on. A host read; no other process is asked.
+    """Note the scales that a step is to use from now on. A host read; no other process is asked.
 
     Raises:
         ValueError: there is no scale yet, or no lr to multiply by it.
     """
-    who, home = type(optimizer).__name__, optimizer.param_groups[0]
+    who = type(optimizer).__name__
     if any(group.get("lr") is None for group in optimizer.param_groups) or isinstance(optimizer, NOT_IN_PROPORTION):
         got = optimizer._mechanic_made_from[1].__name__
         raise ValueError(
             f"{who}: freeze_scale needs a base with an lr in each parameter group, to which its updates are in "
             f"proportion. Got {got}. Remedy: let the scale adapt, or build this optimizer with another base."
         )
-    scale = float(_state.read_tuner(optimizer, optimizer.mechanic_config).scales.sum())
-    if scale == 0.0:
-        raise ValueError(
-            f"{who}: freeze_scale needs a scale that is learned. Got 0. Remedy: make some steps first, or load the "
-            "state of an optimizer that has made them."
-        )
-    home[_state.FROZEN_SCALE] = scale
+    scales = _state.read_tuner(optimizer).scales.sum(-1).reshape(-1).tolist()
+    for i, (scale, (_, groups)) in enumerate(zip(scales, _state.tuners(optimizer), strict=True)):
+        if scale == 0.0 and any(group["params"] for group in groups):
+            which = f" in parameter group {i}" if len(scales) > 1 else ""
+            raise ValueError(
+                f"{who}: freeze_scale needs a scale that is learned. Got 0{which}. Remedy: make some steps first, in "
+                "which all groups have a gradient, or load the state of an optimizer that has made them."
+            )
+    for home, scale in zip(_state.homes(optimizer), scales, strict=True):
+        home[_state.FROZEN_SCALE] = scale
 
 
 def unfreeze(optimizer: Any) -> None:
     """Let the scale be learned again."""
-    optimizer.param_groups[0][_state.FROZEN_SCALE] = 0.0
+    for home in _state.homes(optimizer):
+        home[_state.FROZEN_SCALE] = 0.0
 
 
-def is_frozen(optimizer: Any) -> bool:
-    """Tell whether the scale is frozen."""
-    return bool(optimizer.param_groups[0].get(_state.FROZEN_SCALE))
+def check_can_grow(optimizer: Any) -> None:
+    """Refuse a parameter group that would have no scale.
+
+    Raises:
+        ValueError: scales are frozen, one per group.
+    """
+    if optimizer.mechanic_config.per_group and optimizer.param_groups and _state.is_frozen(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__}: add_param_group with per_group=True needs scales that adapt, for the new "
+            "group has none yet. Got frozen ones. Remedy: call optimizer.unfreeze_scale() first."
+        )
 
 
 def frozen_step(
     optimizer: Any, buckets: list[Bucket], spreads: Sequence[Spread], base_step: Callable[[], Any], loss: Any
 ) -> Any:
     """Make the base's step at lr times the frozen scale; return what it returns, or `loss` if it is skipped."""
-    home, config = optimizer.param_groups[0], optimizer.mechanic_config
-    scale = _state.read_tuner(optimizer, config).scales.sum()
+    config = optimizer.mechanic_config
+    scale = _state.read_tuner(optimizer).scales.sum(-1)
     optimizer._start_is_known = True  # where a scale is, there was a start
     skip, found_inf, we_skip = scale.new_zeros((), dtype=torch.bool), None, _steps.needs_us(optimizer, buckets)
     if config.skip_nonfinite:
@@ -75,7 +87,8 @@ def frozen_step(
     before = [[x.clone() for x in bucket.params] for bucket in buckets] if unasked is not None else []
     undone = _buckets.undone_where(unasked, optimizer, buckets, before)
     unseen, found = _state.unseen_by_base(optimizer.state), _base.found_inf(optimizer, found_inf)
-    with undone, unseen, found, _base.lr_times(optimizer, home[_state.FROZEN_SCALE]):
+    frozen = [home[_state.FROZEN_SCALE] for home in _state.homes(optimizer)]
+    with undone, unseen, found, _base.lr_times(optimizer, _state.for_each_group(optimizer, frozen)):
         loss = base_step()
     _buckets.store(optimizer, buckets)
     _state.note(optimizer, skip, unit=None, lr=_base.largest_lr(optimizer, scale), scale=scale)
@@ -99,8 +112,8 @@ def at_most(scales: Tensor, limit: Tensor) -> Tensor:
     """Return the scales, made smaller by one factor if their sum, added up in whatever order, could exceed `limit`.
 
     Args:
-        scales: the vector s, shape (n,).
-        limit: shape ().
+        scales: the vector s, shape (..., n).
+        limit: shape (...).
     """
-    margin = 1 - (len(scales) + 8) * torch.finfo(scales.dtype).eps
-    return scales * (margin * limit / scales.sum()).clamp_max(1.0)
+    margin = 1 - (scales.shape[-1] + 8) * torch.finfo(scales.dtype).eps
+    return scales * (margin * limit / scales.sum(-1)).clamp_max(1.0).unsqueeze(-1)

@@ -64,7 +64,7 @@ def step_and_move(
         optimizer: whose `grad_scale` the gradients still hold, if a `GradScaler` has left one there.
         buckets: the buckets.
         rules: what `rules_of` returned for them.
-        scales: that of the last step and that of this one, shape () each.
+        scales: those of the last step and of this one, one per tuner.
         skip: whether to change nothing, shape ().
     """
     grad_scale = getattr(optimizer, "grad_scale", None)
@@ -80,7 +80,7 @@ def step_and_move(
             bucket.grads,
             bucket.deltas,
             bucket.compensations or None,
-            *(scale.to(bucket.deltas[0]) for scale in scales),
+            *(scale[bucket.tuner].to(bucket.deltas[0]) for scale in scales),
         )
 
 

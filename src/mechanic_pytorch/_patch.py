@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from threading import RLock
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -99,6 +98,7 @@ class Built:
     def __init__(self, optimizer: Optimizer, base: type[Optimizer], reason: str | None) -> None:
         self.base: type[Optimizer] = getattr(base, "_mechanic_made_from", (None, base))[1]  # the plain class
         self.is_mechanized = isinstance(optimizer, Mechanic)
+        self._kind = type(optimizer)
         self.reason = reason  # why it was left as it is, or None
         self.script_lrs: list[float] = []  # per group, as the code gave them
         self._factor = 1.0
@@ -127,7 +127,8 @@ class Built:
         """Return `Mechanic.learned_lr` as it is, or was at the last step; empty for a plain one. Copies to the host."""
         if not self.is_mechanized:
             return []
-        return Mechanic.learned_lr(SimpleNamespace(param_groups=self._now()))  # type: ignore[arg-type]
+        learned: list[float] = _state.stand_in(self._kind, self._now()).learned_lr()
+        return learned
 
     def rescale(self, optimizer: Optimizer, base_lr: float) -> None:
         """Make `base_lr` the largest lr of the groups and keep the ratios, those of groups to come included."""
@@ -150,8 +151,8 @@ class Built:
     def _see(self, optimizer: Optimizer, *_: Any) -> None:
         """Note what a report needs: references to tensors, which are not looked at, and numbers."""
         self._groups = [_state.worth_reading(group) for group in optimizer.param_groups]
-        if len(self.script_lrs) < len(self._groups):
-            self.script_lrs += [lr / self._factor for lr in lrs(optimizer, "initial_lr")[len(self.script_lrs) :]]
+        new = optimizer.param_groups[len(self.script_lrs) :]
+        self.script_lrs += [lr / self._factor for lr in lrs(new, "initial_lr")]
 
     def _now(self) -> list[dict[str, Any]]:
         optimizer = self.optimizer

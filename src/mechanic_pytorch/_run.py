@@ -155,6 +155,9 @@ def _mechanic() -> None:
 )
 @click.option("--max-lr", type=float, help="Bound of the effective learning rate; none if not given.")
 @click.option(
+    "--per-group", is_flag=True, help="Learn one scale for each parameter group; the ratios between their lrs are lost."
+)
+@click.option(
     "--process-group",
     type=click.Choice(["world"]),
     help="All processes together hold one model, in parts: FSDP1, ZeroRedundancyOptimizer.",
@@ -209,7 +212,8 @@ def _run(
 
 def _log(data: dict[str, Any]) -> None:
     if _reports():
-        click.echo(f"mechanic: step {data['iter_count']}: scale {data['s']:.3e}", err=True)
+        scales = data["s"] if isinstance(data["s"], list) else [data["s"]]
+        click.echo(f"mechanic: step {data['iter_count']}: scale {', '.join(f'{s:.3e}' for s in scales)}", err=True)
 
 
 def main() -> None:

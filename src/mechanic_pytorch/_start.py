@@ -20,7 +20,7 @@ step therefore runs with every lr multiplied by one power of two, chosen before 
 is near 1, and `scale` is given for the lr that the user sees. That is the run at another base lr, hence the same one.
 
 x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
-not zero, there is no |u|, and no scale.
+not zero, there is no |u|, and no scale. With `per_group`, all of this is said of each parameter group by itself.
 
 The other difference from Algorithm 1 is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by
 the scale having been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take
@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mechanic_pytorch import _state
 from mechanic_pytorch._base import can_ask_host, largest_lr, lr_times, lrs
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch._state import DELTA, LR_FACTOR, UNIT
@@ -65,58 +66,59 @@ def at_lr_near_one(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def run(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        with lr_times(optimizer, lr_factor(optimizer)):
+        with lr_times(optimizer, lr_factors(optimizer)):
             return step(optimizer, *args, **kwargs)
 
     return run
 
 
-def lr_factor(optimizer: Any) -> float:
-    """Return the power of two by which lr is multiplied in a step, 1 without `s_init="auto"`."""
-    home = optimizer.param_groups[0]
-    if optimizer.mechanic_config.s_init != "auto":
-        return 1.0
-    if not optimizer._start_is_known and can_ask_host() and not any(DELTA in s for s in optimizer.state.values()):
-        highest = max(lrs(optimizer, "initial_lr"))
-        home[LR_FACTOR] = 2.0 ** -round(math.log2(highest)) if 0 < highest < math.inf else 1.0
-    return float(home.get(LR_FACTOR, 1.0))
+def lr_factors(optimizer: Any) -> list[float]:
+    """Return the power of two by which the lr of each group is multiplied in a step, 1 without `s_init="auto"`."""
+    if optimizer.mechanic_config.s_init == "auto" and not optimizer._start_is_known and can_ask_host():
+        for home, groups in _state.tuners(optimizer):
+            if not any(DELTA in optimizer.state.get(p, {}) for group in groups for p in group["params"]):
+                highest = max(lrs(groups, "initial_lr"))
+                home[LR_FACTOR] = 2.0 ** -round(math.log2(highest)) if 0 < highest < math.inf else 1.0
+    factors = [float(home.get(LR_FACTOR, 1.0)) for home in _state.homes(optimizer)]
+    return _state.for_each_group(optimizer, factors)
 
 
 def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], dots: Tensor) -> tuple[Tensor, Numbers]:
     """Return what is to be remembered of the start, if this step is made, and the options for it."""
     delta_squared = None
     if not optimizer._start_is_known:
-        parts = {spread: dots.new_zeros(1) for spread in [(), *spreads]}
+        parts = {spread: torch.zeros_like(dots) for spread in [(), *spreads]}
         for bucket in buckets:
-            parts[bucket.spread] += bucket.kernel.measure(bucket.deltas, bucket.deltas, bucket.deltas)[:1].to(dots)
-        delta_squared = sum_over_processes(parts, spreads)[0]
-    unit = next_unit(optimizer.param_groups[0][UNIT], dots, delta_squared, largest_lr(optimizer, dots))
+            part = bucket.kernel.measure(bucket.deltas, bucket.deltas, bucket.deltas)
+            parts[bucket.spread][bucket.tuner].add_(part.to(dots))
+        delta_squared = sum_over_processes(parts, spreads)[..., 0]
+    unit = next_unit(_state.read(optimizer, UNIT), dots, delta_squared, largest_lr(optimizer, dots))
     if not optimizer._start_is_known and can_ask_host():
-        optimizer._start_is_known = bool(unit[0] > 0)
+        optimizer._start_is_known = bool((unit[..., 0] > 0).all())
     config = optimizer.mechanic_config
     return unit, relative(config.betas, config.s_decay, config.eps, unit)
 
 
 def next_unit(unit: Tensor, dots: Tensor, delta_squared: Tensor | None, lr: float | Tensor) -> Tensor:
-    """Return what is remembered of the start, shape (5,): `[|u| / lr, |g|, |x_1|, |x|, lr]`; zeros while unknown.
+    """Return what is remembered of the start, shape (..., 5): `[|u| / lr, |g|, |x_1|, |x|, lr]`; zeros while unknown.
 
     Args:
         unit: that of the last step; its lr is the one by which delta came about.
-        dots: the four sums.
-        delta_squared: |delta|^2, shape (), as long as |u| may be unknown; None afterwards.
+        dots: the four sums, shape (..., 4).
+        delta_squared: |delta|^2, shape (...), as long as |u| may be unknown; None afterwards.
         lr: the largest of this step's.
     """
-    first, (longest, highest) = unit[:3], unit[3:]
-    x = dots[3].sqrt().clamp_min(1.0)
+    first, longest, highest = unit[..., :3], unit[..., 3], unit[..., 4]
+    x = dots[..., 3].sqrt().clamp_min(1.0)
     if delta_squared is not None:
-        found = torch.stack([delta_squared.sqrt() / highest, dots[2].sqrt(), x])
-        begins = (first[0] == 0) & (found > 0).all() & found.isfinite().all()
-        first = torch.where(begins, found, first)
-    return torch.cat([first, torch.stack([torch.maximum(longest, x), highest.clamp_min(lr)])])
+        found = torch.stack([delta_squared.sqrt() / highest, dots[..., 2].sqrt(), x], -1)
+        begins = (first[..., 0] == 0) & (found > 0).all(-1) & found.isfinite().all(-1)
+        first = torch.where(begins.unsqueeze(-1), found, first)
+    return torch.cat([first, torch.stack([torch.maximum(longest, x), highest.clamp_min(lr)], -1)], -1)
 
 
 def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor) -> Numbers:
-    """Return the options that apply to delta itself."""
-    pace, g, start, longest, highest = unit.unbind()
+    """Return the options that apply to delta itself, shape (..., 1) each."""
+    pace, g, start, longest, highest = unit.unsqueeze(-1).unbind(-2)
     u = torch.where(pace > 0, pace * highest, 1.0)
     return Numbers(betas, s_decay * u / longest, RELATIVE * start / u, eps * g * u, PENALTY)

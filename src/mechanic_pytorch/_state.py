@@ -3,9 +3,9 @@
 Per parameter, in `optimizer.state[p]`: the sum of updates and, for parameters of less than 32 bits, the compensation.
 They are written only after the base's first step, because many bases take an empty `state[p]` for "not started".
 
-Per optimizer, in `optimizer.param_groups[0]`: the tuner's vectors, two counters and some notes. Parameter groups are
-what every checkpointing tool carries whole and uncast; a key of `optimizer.state` that is not a parameter is what some
-refuse.
+Per tuner, in `optimizer.param_groups[0]`, or in each parameter group with `per_group`: its vectors and some notes. Per
+optimizer, in `param_groups[0]`: two counters. Parameter groups are what every checkpointing tool carries whole and
+uncast; a key of `optimizer.state` that is not a parameter is what some refuse.
 
 All keys start with `mechanic_`; the values are tensors, and two numbers.
 """
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch._config import Config
 from mechanic_pytorch.distributed import whole
 
 DELTA = "mechanic_delta"
@@ -34,7 +33,10 @@ SKIPPED_STEPS = "mechanic_skipped_steps"
 
 
 class TunerState(NamedTuple):
-    """The tuner's memory: one entry per beta, each of shape (n,), all 0 at the start (m, v, r, s in the paper)."""
+    """The tuner's memory: one entry per beta, each of shape (n,), all 0 at the start (m, v, r, s in the paper).
+
+    With `per_group`, the tuners of all G parameter groups are stepped at once: shape (G, n).
+    """
 
     max_product: Tensor
     sum_squared_products: Tensor
@@ -52,54 +54,112 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 _TUNER_KEYS = tuple(f"mechanic_{name}" for name in TunerState._fields)
 
 
-def attach_tuner(optimizer: Optimizer, config: Config) -> None:
-    """Give the optimizer a tuner that has seen nothing, unless it has one already."""
-    home = optimizer.param_groups[0]
-    if STEPS not in home:
-        home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
-        home.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
-    if config.s_init == "auto" and UNIT not in home:
-        home[UNIT], home[LR_FACTOR] = torch.zeros(5, device="cpu"), 1.0
-    if LR_SUMS not in home:
-        home[LR_SUMS] = torch.zeros(3, device="cpu")
-    home.setdefault(FROZEN_SCALE, 0.0)  # always there: a flattened checkpoint holds only what a new optimizer has
+def tuners(optimizer: Any) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Return for each tuner the parameter group that holds it, and all groups whose scale it learns."""
+    groups = optimizer.param_groups
+    return [(group, [group]) for group in groups] if optimizer.mechanic_config.per_group else [(groups[0], groups)]
 
 
-def read_tuner(optimizer: Optimizer, config: Config) -> TunerState:
-    """Return the tuner's own tensors, first moved to where the parameters are if these have moved or been cast."""
-    attach_tuner(optimizer, config)
-    home, params = optimizer.param_groups[0], [p for group in optimizer.param_groups for p in group["params"]]
+def homes(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the parameter groups that hold a tuner."""
+    return [home for home, _ in tuners(optimizer)]
+
+
+def for_each_group(optimizer: Any, values: list[Any]) -> list[Any]:
+    """Return, of values of each tuner, that of each parameter group."""
+    return values if optimizer.mechanic_config.per_group else values * len(optimizer.param_groups)
+
+
+def attach_tuner(optimizer: Any) -> None:
+    """Give the optimizer tuners that have seen nothing, where it has none already."""
+    config, first = optimizer.mechanic_config, optimizer.param_groups[0]
+    if STEPS not in first:
+        first.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
+    for home in homes(optimizer):
+        if _TUNER_KEYS[0] not in home:
+            home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
+        if config.s_init == "auto" and UNIT not in home:
+            home[UNIT], home[LR_FACTOR] = torch.zeros(5, device="cpu"), 1.0
+            optimizer._start_is_known = False
+        if LR_SUMS not in home:
+            home[LR_SUMS] = torch.zeros(3, device="cpu")
+        home.setdefault(FROZEN_SCALE, 0.0)  # always there: a flattened checkpoint holds only what a new optimizer has
+
+
+def read(optimizer: Any, key: str) -> Tensor:
+    """Return the tuner's own tensor, or, with `per_group`, a copy of those of all groups: one row each."""
+    rows = [home[key] for home in homes(optimizer)]
+    return torch.stack(rows) if optimizer.mechanic_config.per_group else rows[0]
+
+
+def write(optimizer: Any, key: str, value: Tensor) -> None:
+    """Write in place what `read` returns."""
+    rows = value.unbind() if optimizer.mechanic_config.per_group else [value]
+    for home, row in zip(homes(optimizer), rows, strict=True):
+        home[key].copy_(row)
+
+
+def read_tuner(optimizer: Any) -> TunerState:
+    """Return the tuner's vectors, as `read` does; first move them to where the parameters are, if these have moved."""
+    attach_tuner(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     if params:
         wide = any(accumulator_dtype(p.dtype) is torch.float64 for p in params)
         device, dtype = params[0].device, torch.float64 if wide else torch.float32
-        tuner = home[_TUNER_KEYS[0]]
-        if tuner.device != device or tuner.dtype != dtype:
-            home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT, LR_SUMS) if key in home})
-            home.update({key: home[key].to(device) for key in (STEPS, SKIPPED_STEPS)})
-    return TunerState(*(home[key] for key in _TUNER_KEYS))
+        for home in homes(optimizer):
+            if home[LR_SUMS].device != device or home[LR_SUMS].dtype != dtype:
+                home.update({key: home[key].to(device, dtype) for key in (*_TUNER_KEYS, UNIT, LR_SUMS) if key in home})
+                home.update({key: home[key].to(device) for key in (STEPS, SKIPPED_STEPS) if key in home})
+    return TunerState(*(read(optimizer, key) for key in _TUNER_KEYS))
 
 
-def note(optimizer: Optimizer, skip: Tensor, *, unit: Tensor | None, lr: float | Tensor, scale: Tensor) -> None:
-    """Write down the unit of the start and the sums of `average_lr`; nothing where `skip` holds."""
-    home = optimizer.param_groups[0]
-    effective, plain, highest = home[LR_SUMS].unbind()
+def write_tuner(optimizer: Any, state: TunerState) -> None:
+    """Write the tuner's vectors in place."""
+    for key, value in zip(_TUNER_KEYS, state, strict=True):
+        write(optimizer, key, value)
+
+
+def scale(optimizer: Any) -> Tensor:
+    """Return the sum of s, for the lr that the user sees: shape (), or (G,)."""
+    scales = [home[_TUNER_KEYS[3]].sum() * float(home.get(LR_FACTOR, 1.0)) for home in homes(optimizer)]
+    return torch.stack(scales) if optimizer.mechanic_config.per_group else scales[0]
+
+
+def is_frozen(optimizer: Any) -> bool:
+    """Tell whether the scale is frozen: those of all groups that have parameters are, or none."""
+    return any(home.get(FROZEN_SCALE) for home in homes(optimizer))
+
+
+def note(optimizer: Any, left_out: Tensor, *, unit: Tensor | None, lr: float | Tensor, scale: Tensor) -> None:
+    """Write down the unit of the start and the sums of `average_lrs`; nothing where `left_out` holds."""
+    before = read(optimizer, LR_SUMS)
+    effective, plain, highest = before.unbind(-1)
     lr = lr if isinstance(lr, Tensor) else torch.full_like(plain, lr)
-    sums = torch.stack([effective + scale * lr, plain + lr, torch.maximum(highest, lr)])
-    home[LR_SUMS].copy_(torch.where(skip, home[LR_SUMS], sums))
+    sums = torch.stack([effective + scale * lr, plain + lr, torch.maximum(highest, lr)], -1)
+    write(optimizer, LR_SUMS, torch.where(left_out.unsqueeze(-1), before, sums))
     if unit is not None:
-        home[UNIT].copy_(torch.where(skip, home[UNIT], unit))
+        write(optimizer, UNIT, torch.where(left_out.unsqueeze(-1), read(optimizer, UNIT), unit))
 
 
-def highest_lr(optimizer: Optimizer, lr: float | Tensor) -> Tensor:
-    """Return the largest lr so far, that of the present step included, shape ()."""
-    highest: Tensor = optimizer.param_groups[0][LR_SUMS][2]
-    return highest.clamp_min(lr)
+def highest_lr(optimizer: Any, lr: float | Tensor) -> Tensor:
+    """Return the largest lr so far, that of the present step included; shape (), or (G,)."""
+    return read(optimizer, LR_SUMS)[..., 2].clamp_min(lr)
 
 
-def average_lr(optimizer: Optimizer) -> float:
-    """Return max(lr) * sum(scale * lr) / sum(lr) over the steps so far, 0 before the first. Copies to the host."""
-    effective, plain, highest = optimizer.param_groups[0][LR_SUMS].tolist()
-    return float(highest * effective / plain) if plain else 0.0
+def average_lrs(optimizer: Any) -> list[float]:
+    """Return for each tuner max(lr) * sum(scale * lr) / sum(lr) over its steps so far, 0 before the first.
+
+    Copies to the host.
+    """
+    sums = read(optimizer, LR_SUMS).reshape(-1, 3).tolist()
+    return [highest * effective / plain if plain else 0.0 for effective, plain, highest in sums]
+
+
+def stand_in(kind: type[Any], groups: list[dict[str, Any]]) -> Any:
+    """Return an optimizer that has nothing but parameter groups, for what is computed from these alone."""
+    optimizer = object.__new__(kind)
+    optimizer.param_groups = groups
+    return optimizer
 
 
 def worth_reading(group: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +167,15 @@ def worth_reading(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in group if key in ("lr", "initial_lr") or key.startswith("mechanic_")}
 
 
-def clear(optimizer: Optimizer, config: Config) -> None:
+def clear(optimizer: Any) -> None:
     """Forget everything: a new tuner, no sums. The base's own state stays."""
-    for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, FROZEN_SCALE, STEPS, SKIPPED_STEPS):
-        optimizer.param_groups[0].pop(key, None)
+    for group in optimizer.param_groups:
+        for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, FROZEN_SCALE, STEPS, SKIPPED_STEPS):
+            group.pop(key, None)
     for state in optimizer.state.values():
         for key in (DELTA, COMPENSATION):
             state.pop(key, None)
-    attach_tuner(optimizer, config)
+    attach_tuner(optimizer)
 
 
 # --- what the base sees, and what cannot work -------------------------------------------------------------------------
@@ -172,13 +233,15 @@ def with_whole_tuner(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def check_loadable(who: str, state_dict: dict[str, Any], config: Config) -> None:
+def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Refuse a checkpoint that does not fit; nothing has been changed yet.
 
     Raises:
         ValueError: its tuner has another number of betas, or another kind of start, or has learned but come without the
-            sums of updates; it was made by version 0.0.1; it is differentiable.
+            sums of updates; it has one tuner where there is one per group here, or the reverse; it was made by version
+            0.0.1; it is differentiable.
     """
+    who, config = type(optimizer).__name__, optimizer.mechanic_config
     n = len(config.betas)
     if "_mechanic" in state_dict["state"]:
         raise ValueError(
@@ -202,6 +265,14 @@ def check_loadable(who: str, state_dict: dict[str, Any], config: Config) -> None
                 f"checkpoint and {kinds[1]} here. Remedy: pass mechanize the same s_init, or drop the keys that start "
                 "with 'mechanic_' from param_groups[0] and state of a deep copy of it to start the tuner afresh."
             )
+    first, *others = state_dict["param_groups"]
+    if STEPS in first and others and config.per_group != any(_TUNER_KEYS[0] in group for group in others):
+        kinds = ("one tuner", "one per group") if config.per_group else ("one tuner per group", "a single one")
+        raise ValueError(
+            f"{who}: per_group must be what the checkpoint was saved with. Got {kinds[0]} in the checkpoint and "
+            f"{kinds[1]} here. Remedy: pass mechanize per_group={not config.per_group}, or drop the keys that start "
+            "with 'mechanic_' from all param_groups and state of a deep copy of it to start afresh."
+        )
     has_learned = any(int(g.get(STEPS, 0)) > int(g.get(SKIPPED_STEPS, 0)) for g in state_dict["param_groups"])
     has_params = any(group["params"] for group in state_dict["param_groups"])
     if has_learned and has_params and not any(DELTA in state for state in state_dict["state"].values()):

@@ -34,15 +34,17 @@ def count(optimizer: Any, skip: Tensor) -> None:
     home, config = optimizer.param_groups[0], optimizer.mechanic_config
     home[_state.STEPS].add_(1)
     home[_state.SKIPPED_STEPS].add_(skip)
-    if not home[_state.FROZEN_SCALE]:
+    if not _state.is_frozen(optimizer):
         _warnings.watch(optimizer)
     if not config.log_every:
         return
     optimizer._log_count = int(home[_state.STEPS]) if optimizer._log_count is None else optimizer._log_count + 1
     if optimizer._log_count % config.log_every == 0:
         log = _log if config.log_func is None else config.log_func
-        log({"iter_count": optimizer._log_count, "s": float(optimizer.scale)})
+        log({"iter_count": optimizer._log_count, "s": optimizer.scale.tolist()})
 
 
 def _log(data: dict[str, Any]) -> None:
-    logging.getLogger("mechanic_pytorch").info("iter_count=%(iter_count)d s=%(s).6e", data)
+    scales = data["s"] if isinstance(data["s"], list) else [data["s"]]
+    s = " ".join(f"{scale:.6e}" for scale in scales)
+    logging.getLogger("mechanic_pytorch").info("iter_count=%d s=%s", data["iter_count"], s)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import Any
 
+from mechanic_pytorch import _state
 from mechanic_pytorch._base import can_ask_host, lrs
 from mechanic_pytorch._buckets import Bucket
 
@@ -19,7 +20,7 @@ HELD_BACK = 0.5  # s_decay * scale: the length of the tuner's pull, that of the 
 
 def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
     """Warn if rounding has swallowed the base's first update. Asked until one was due, and then never again."""
-    highest = max(lrs(optimizer))
+    highest = max(lrs(optimizer.param_groups))
     if highest == 0:
         return  # warm-up from zero
     moved = active = 0
@@ -37,7 +38,7 @@ def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
             optimizer,
             f"the base optimizer's update changed only {moved} of {active} weights that have a gradient; the rest of "
             "it was lost in rounding, and a lost update cannot be rescaled. "
-            f"Got lr={lrs(optimizer)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
+            f"Got lr={lrs(optimizer.param_groups)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
         )
 
 
@@ -53,8 +54,9 @@ def warn_if_stuck(optimizer: Any) -> None:
 
 
 def watch(optimizer: Any) -> None:
-    """Count the steps of this process, and warn if by now the scale should have been learned and is not.
+    """Count the steps of this process, and warn if by now a scale should have been learned and is not.
 
+    Of several tuners, those of parameter groups that never had a gradient, or an lr, may wait as long as others learn.
     The host reads the scale after 500 steps, 1000, 2000 and so on, until it has warned; never while a step is recorded.
     """
     if not can_ask_host():
@@ -64,26 +66,36 @@ def watch(optimizer: Any) -> None:
     if steps != next_look:
         return
     config = optimizer.mechanic_config
-    scale, is_auto = float(optimizer.scale), config.s_init == "auto"
+    scales, is_auto, rates = optimizer.scale.reshape(-1).tolist(), config.s_init == "auto", lrs(optimizer.param_groups)
     optimizer._watched = steps, 0  # never again
-    if scale <= (0.0 if is_auto else GROWTH * config.s_init):
+    begun = [scale > (0.0 if is_auto else GROWTH * config.s_init) for scale in scales]
+    idle = [any(begun) and average == 0 for average in _state.average_lrs(optimizer)]
+    decays = [
+        0.0 if is_auto or max(lrs(groups, "initial_lr")) >= 1 else config.s_decay * scale
+        for scale, (_, groups) in zip(scales, _state.tuners(optimizer), strict=True)
+    ]
+    if not all(a or b for a, b in zip(begun, idle, strict=True)):
         noise = "" if is_auto else ' If the gradient is mostly noise, pass s_init="auto", or a larger number.'
         _warn(
             optimizer,
-            f"training has not started: after {steps} steps the scale is {scale:.0e}, and s_init is {config.s_init}. "
-            f"Got lr={lrs(optimizer)}. Remedy: make sure that lr is not 0, that the optimizer holds the parameters "
-            f"of the model that is trained, and that their gradients are neither None nor 0.{noise}",
+            f"training has not started: after {steps} steps the scale is {_said(scales)}, and s_init is "
+            f"{config.s_init}. Got lr={rates}. Remedy: make sure that lr is not 0, that the optimizer holds the "
+            f"parameters of the model that is trained, and that their gradients are neither None nor 0.{noise}",
         )
-    elif not is_auto and config.s_decay * scale >= HELD_BACK and max(lrs(optimizer, "initial_lr")) < 1:
+    elif max(decays) >= HELD_BACK:
         _warn(
             optimizer,
-            f"the scale is held back: after {steps} steps s_decay times the scale is {config.s_decay * scale:.1f}, so "
+            f"the scale is held back: after {steps} steps s_decay times the scale is {max(decays):.1f}, so "
             "that the tuner's decay pulls it back about as strongly as the gradient drives it. "
-            f"Got lr={lrs(optimizer)} and s_decay={config.s_decay}, which is too much for so small an lr. "
+            f"Got lr={rates} and s_decay={config.s_decay}, which is too much for so small an lr. "
             'Remedy: pass s_init="auto", or lr=1.0 or larger.',
         )
     else:
         optimizer._watched = steps, 2 * steps
+
+
+def _said(scales: list[float]) -> str:
+    return f"{scales[0]:.0e}" if len(scales) == 1 else f"{', '.join(f'{s:.0e}' for s in scales)} (per parameter group)"
 
 
 def _warn(optimizer: Any, message: str) -> None:

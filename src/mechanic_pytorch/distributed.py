@@ -72,7 +72,7 @@ def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]
     calls as there are distinct groups.
 
     Args:
-        parts: this process's sums, shape (4,), by how the tensors behind them are spread; at least that of ().
+        parts: this process's sums, of one shape, by how the tensors behind them are spread; at least that of ().
         spreads: how each parameter of the optimizer is spread, whether it has a gradient here or not; the same in all
             processes, so that all make the same calls.
     """
@@ -132,5 +132,6 @@ def check_agreement(who: str, options: Mapping[str, object], spreads: Iterable[S
         if differences:
             raise ValueError(
                 f"{who}: processes that share parameters must share their options. Got: {'; '.join(differences)}. "
-                "Remedy: pass mechanize the same options everywhere."
+                "Remedy: pass mechanize the same options everywhere, and with per_group=True as many parameter groups, "
+                "of which some may be empty."
             )

@@ -57,6 +57,7 @@ def mechanize(
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
     max_lr: float | None = None,
+    per_group: bool = False,
 ) -> type[Any]:
     """Return a class like `Base` whose learning-rate scale is learned.
 
@@ -77,8 +78,8 @@ def mechanize(
         eps: added to sqrt(v), in units of h (update times gradient).
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
-        log_func: called with `{"iter_count": t, "s": scale}`; None logs through `logging.getLogger("mechanic_pytorch")`
-            at level INFO.
+        log_func: called with `{"iter_count": t, "s": scale}`, a list of scales with `per_group`; None logs through
+            `logging.getLogger("mechanic_pytorch")` at level INFO.
         log_every: log every this many steps; 0 never does.
         skip_nonfinite: leave everything as it was at a step whose gradient is not finite. This costs one host read
             per step, or none with a base that takes `found_inf` (`fused=True`). False spares it: the base then does
@@ -88,6 +89,9 @@ def mechanize(
             tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
         max_lr: bound of the effective lr, > 0: the scale never exceeds max_lr / (the largest lr so far, of all groups).
             None: no bound.
+        per_group: learn one scale for each parameter group, from that group's gradient, weights and updates alone: for
+            groups whose updates have unlike units, or that start far apart. The ratio between their lrs then says
+            nothing. docs/per-group.md says when it helps. False: one scale for all.
 
     Returns:
         The class `Mechanized<Base>`. Type checkers see `Any`, for there is no type that says "`Base` and `Mechanic`".
@@ -128,6 +132,7 @@ def mechanize(
         skip_nonfinite,
         process_group,
         max_lr,
+        per_group,
     )
     return class_for(Mechanic, Base, config)
 
@@ -188,7 +193,7 @@ class Mechanic(Optimizer):
         """
         loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
         config = self.mechanic_config
-        buckets, spreads = _buckets.collect(self, config.process_group)
+        buckets, spreads = _buckets.collect(self)
         if not buckets and not any(spreads):
             _warnings.watch(self)
             return loss
@@ -197,24 +202,28 @@ class Mechanic(Optimizer):
             return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
         inputs = args if closure is None else (replay, *args)
         base_step = partial(_base.unwrapped_step(self, Mechanic), self, *inputs, **kwargs)
-        if _control.is_frozen(self):
+        if _state.is_frozen(self):
             return _control.frozen_step(self, buckets, spreads, base_step, loss)
 
         # Measure.
-        old = _state.read_tuner(self, config)
+        old = _state.read_tuner(self)
         if not self._options_compared:
             params = (p for group in self.param_groups for p in group["params"])
             check_parts(type(self).__name__, params, config.process_group)
-            check_agreement(type(self).__name__, {**config.shared(), "dtype": old.scales.dtype}, spreads)
+            check_agreement(
+                type(self).__name__,
+                {**config.shared(), "dtype": old.scales.dtype, "the number of scales": len(_state.homes(self))},
+                spreads,
+            )
             self._options_compared = True
         asks, base_skips = _base.can_ask_host(), _base.skips_by_itself(self)
         rules = _fused.rules_of(self, buckets) if base_skips else None
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
-        parts = {spread: old.scales.new_zeros(4) for spread in [(), *spreads]}
+        parts = {spread: old.scales.new_zeros(*old.scales.shape[:-1], 4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
             bucket.densify()
             part = bucket.kernel.measure(bucket.params, bucket.grads, bucket.deltas, copies).to(old.scales)
-            parts[bucket.spread] += torch.cat([bucket.sign * part[:1], part[1:]])
+            parts[bucket.spread][bucket.tuner].add_(torch.cat([bucket.sign * part[:1], part[1:]]))
         parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
         dots = sum_over_processes(parts, spreads)
 
@@ -228,10 +237,12 @@ class Mechanic(Optimizer):
         we_skip = _steps.needs_us(self, buckets)
         if _steps.is_left_out(self, skip, we_skip):
             return loss
-        new = TunerState(*(torch.where(skip, a, b) for a, b in zip(old, new, strict=True)))
+        # A group of which nothing was measured has no gradient, in any process.
+        left_out = skip | (dots == 0).all(-1) if config.per_group else skip
+        new = TunerState(*(torch.where(left_out.unsqueeze(-1), a, b) for a, b in zip(old, new, strict=True)))
 
         # Base step and move.
-        scales = old.scales.sum(), new.scales.sum()
+        scales = old.scales.sum(-1), new.scales.sum(-1)
         if rules is not None:
             _fused.step_and_move(self, buckets, rules, scales, skip)
         else:
@@ -241,22 +252,23 @@ class Mechanic(Optimizer):
                 with undone, _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
                     loss = base_step()
                 for bucket, starts in zip(buckets, before, strict=True):
-                    converted = (scale.to(bucket.deltas[0]) for scale in scales)
+                    converted = (scale[bucket.tuner].to(bucket.deltas[0]) for scale in scales)
                     bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
         if asks and not self._base_has_moved and not skip.item():
             _warnings.check_that_base_moved(self, buckets)
         _buckets.store(self, buckets)
-        for mine, value in zip(old, new, strict=True):
-            mine.copy_(value)
-        _state.note(self, skip, unit=unit, lr=lr, scale=scales[1])
+        _state.write_tuner(self, new)
+        _state.note(self, left_out, unit=unit, lr=lr, scale=scales[1])
         _steps.count(self, skip)
         return loss
 
     @property
     def scale(self) -> Tensor:
-        """The learned scale, sum(s): a 0-d tensor on the parameters' device, once a step was made; 0 at first."""
-        scales: Tensor = self.param_groups[0]["mechanic_scales"]
-        return scales.sum() * float(self.param_groups[0].get(_state.LR_FACTOR, 1.0))
+        """The learned scale, sum(s), 0 at first: a 0-d tensor, or, with `per_group`, one of shape (number of groups,).
+
+        It is on the parameters' device, once a step was made.
+        """
+        return _state.scale(self)
 
     @property
     def skipped_steps(self) -> int:
@@ -264,7 +276,7 @@ class Mechanic(Optimizer):
         return int(self.param_groups[0][_state.SKIPPED_STEPS])
 
     def effective_lr(self) -> list[float]:
-        """Return, for each parameter group, its current lr times the learned scale. Copies to the host.
+        """Return, for each parameter group, its current lr times its learned scale. Copies to the host.
 
         This is the learning rate at which the plain base optimizer would now make steps of the same size. A base
         without lr counts as lr 1.
@@ -276,15 +288,15 @@ class Mechanic(Optimizer):
             >>> optimizer.effective_lr()
             [0.0]
         """
-        scale = float(self.scale)
-        return [lr * scale for lr in _base.lrs(self)]
+        scales = self.scale.expand(len(self.param_groups)).tolist()
+        return [lr * scale for lr, scale in zip(_base.lrs(self.param_groups), scales, strict=True)]
 
     def learned_lr(self) -> list[float]:
         """Return, for each parameter group, the lr to give to the plain base optimizer, for a run like this one.
 
         It is the lr at which the same schedule sums to the same, over the steps so far: max(lr) * sum(scale * lr) /
-        sum(lr), that is, the average of the scale, weighted by the schedule. Groups are in proportion to their
-        "initial_lr", which schedulers set, or else to their lr. Copies to the host.
+        sum(lr), that is, the average of the scale, weighted by the schedule. Groups that share a scale are in
+        proportion to their "initial_lr", which schedulers set, or else to their lr. Copies to the host.
 
         Example:
             >>> import torch
@@ -293,18 +305,16 @@ class Mechanic(Optimizer):
             >>> optimizer.learned_lr()
             [0.0]
         """
-        peak = _state.average_lr(self)
-        shares = [
-            float(group.get("initial_lr", lr)) for group, lr in zip(self.param_groups, _base.lrs(self), strict=True)
-        ]
-        return [peak * (share / max(shares) if any(shares) else 1.0) for share in shares]
+        peaks, shares = _state.average_lrs(self), _base.lrs(self.param_groups, "initial_lr")
+        ratios = [share / max(shares) if any(shares) else 1.0 for share in shares]
+        return peaks if self.mechanic_config.per_group else [peaks[0] * ratio for ratio in ratios]
 
     def reset(self) -> None:
         """Start the tuner and the sums of updates anew from the current weights: a new task, new data.
 
         The base's own state, such as momentum, stays. The counts of steps and of skipped steps begin again, too.
         """
-        _state.clear(self, self.mechanic_config)
+        _state.clear(self)
         self._watched = _warnings.NOTHING_SEEN
         self._log_count = None
         self._start_is_known = False
@@ -344,9 +354,12 @@ class Mechanic(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group` does.
 
+        With `per_group`, it starts with a tuner that has seen nothing.
+
         Raises:
-            ValueError: the group asks for `differentiable=True`.
+            ValueError: the group asks for `differentiable=True`; or with `per_group`, the scales are frozen.
         """
+        _control.check_can_grow(self)
         if any(key.startswith("mechanic_") for key in param_group):  # taken over from another optimizer
             param_group = {key: value for key, value in param_group.items() if not key.startswith("mechanic_")}
         super().add_param_group(param_group)
@@ -355,7 +368,7 @@ class Mechanic(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        _state.attach_tuner(self, self.mechanic_config)
+        _state.attach_tuner(self)
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict` does.
@@ -364,13 +377,14 @@ class Mechanic(Optimizer):
         each group's "lr" back to 1.0 afterwards. Further arguments are passed on to the base.
 
         Raises:
-            ValueError: the checkpoint does not fit, or its tuner has another number of betas. Nothing is changed.
+            ValueError: the checkpoint does not fit, or its tuner has another number of betas or another `per_group`.
+                Nothing is changed.
         """
         state_dict = _state.with_whole_tuner(state_dict)
         after_hooks = [state_dict]
 
         def see(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-            _state.check_loadable(type(self).__name__, loaded, self.mechanic_config)
+            _state.check_loadable(self, loaded)
             after_hooks.append(loaded)
 
         see(self, state_dict)  # for a base that loads without calling hooks
@@ -380,7 +394,7 @@ class Mechanic(Optimizer):
         finally:
             handle.remove()
         _state.restore_uncast(self, after_hooks[-1])
-        _state.attach_tuner(self, self.mechanic_config)
+        _state.attach_tuner(self)
         self._log_count = None
         self._start_is_known = False
 
@@ -394,8 +408,8 @@ def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerStat
     """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
 
     Args:
-        state: the vectors m, v, r, s, shape (n,) each.
-        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (4,), before the base's step.
+        state: the vectors m, v, r, s, shape (n,) each; or (G, n), a row for each of several tuners.
+        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (4,) or (G, 4), before the base's step.
         config: s_decay, betas, s_init, eps, penalty.
 
     Returns:
@@ -411,11 +425,11 @@ def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerStat
     Source: arXiv 2306.00144, Algorithm 1.
     """
     m, v, r, s = state
-    delta_g, delta_x, g_squared, x_squared = dots.unbind()
+    delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (1,) or (G, 1), as h
     beta = torch.stack([s.new_full((), beta) for beta in config.betas])  # filled there: copying would block a GPU
     x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
 
-    h = delta_g + config.s_decay * s.sum() * g_squared.sqrt() * (delta_x / x_norm)
+    h = delta_g + config.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
     m = torch.maximum(beta * m, h.abs())
     v = beta.square() * v + h.square()
     reward = -s * h

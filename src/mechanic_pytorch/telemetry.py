@@ -37,22 +37,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReadOut:
-    """What an optimizer had learned at one moment. Lists have one entry per parameter group, or one per beta."""
+    """What an optimizer had learned at one moment.
+
+    There is one tuner, or, with `per_group=True`, one for each parameter group.
+    """
 
     steps: int  # made since the start or the last `reset`, skipped ones included
     skipped_steps: int
-    scale: float
-    effective_lr: list[float]  # per group: its lr at that moment, times the scale
-    learned_lr: list[float]  # per group: for the plain optimizer, see `Mechanic.learned_lr`
-    max_product: list[float]  # from here on per beta: m, v, r and s of the paper
-    sum_squared_products: list[float]
-    reward: list[float]
-    scales: list[float]
+    scale: list[float]  # per tuner
+    effective_lr: list[float]  # per parameter group: its lr at that moment, times its scale
+    learned_lr: list[float]  # per parameter group: for the plain optimizer, see `Mechanic.learned_lr`
+    max_product: list[list[float]]  # from here on per tuner and beta: m, v, r and s of the paper
+    sum_squared_products: list[list[float]]
+    reward: list[list[float]]
+    scales: list[list[float]]
 
     def scalars(self, prefix: str = "mechanic/") -> dict[str, float]:
         """Return the numbers worth a curve, by name, as every logger takes them.
 
-        They are the effective lr (of several groups each, with its number), the scale and the skipped steps.
+        They are effective lr and scale (of several each, with its number) and the skipped steps.
 
         Args:
             prefix: what all names begin with.
@@ -64,9 +67,12 @@ class ReadOut:
             >>> read_out(optimizer).scalars()
             {'mechanic/effective_lr': 0.0, 'mechanic/scale': 0.0, 'mechanic/skipped_steps': 0.0}
         """
-        several = len(self.effective_lr) > 1
-        values = {f"effective_lr/{i}" if several else "effective_lr": lr for i, lr in enumerate(self.effective_lr)}
-        values |= {"scale": self.scale, "skipped_steps": float(self.skipped_steps)}
+        values = {
+            f"{name}/{i}" if len(several) > 1 else name: value
+            for name, several in (("effective_lr", self.effective_lr), ("scale", self.scale))
+            for i, value in enumerate(several)
+        }
+        values["skipped_steps"] = float(self.skipped_steps)
         return {prefix + name: value for name, value in values.items()}
 
 
@@ -84,7 +90,7 @@ def read_out(optimizer: object) -> ReadOut:
         >>> from mechanic_pytorch import mechanize
         >>> optimizer = mechanize(torch.optim.SGD)([torch.zeros(3, requires_grad=True)], lr=1.0)
         >>> read_out(optimizer).scale
-        0.0
+        [0.0]
     """
     return read([snapshot(optimizer)])[0]
 
@@ -213,24 +219,24 @@ def read(snapshots: Sequence[Snapshot]) -> list[ReadOut]:
 
 
 def _read_one(taken: Snapshot, packed: Tensor) -> ReadOut:
-    host = object.__new__(taken.kind)  # what the optimizer computes from its groups, it also computes from copies
-    host.param_groups = []
+    groups: list[dict[str, Any]] = []
     at = 0
     for group in taken.groups:
-        host.param_groups.append({})
+        groups.append({})
         for key, value in group.items():
             if isinstance(value, _Place):
                 start, at = at, at + value.shape.numel() * value.dtype.itemsize
                 value = packed[start:at].clone().view(value.dtype).reshape(value.shape)
-            host.param_groups[-1][key] = value
-    vectors = _state.read_tuner(host, host.mechanic_config)
+            groups[-1][key] = value
+    host = _state.stand_in(taken.kind, groups)
+    vectors = _state.read_tuner(host)
     return ReadOut(
         steps=int(host.param_groups[0][_state.STEPS]),
         skipped_steps=host.skipped_steps,
-        scale=float(host.scale),
+        scale=host.scale.reshape(-1).tolist(),
         effective_lr=host.effective_lr(),
         learned_lr=host.learned_lr(),
-        **{name: vector.tolist() for name, vector in vectors._asdict().items()},
+        **{name: rows.reshape(-1, rows.shape[-1]).tolist() for name, rows in vectors._asdict().items()},
     )
 
 

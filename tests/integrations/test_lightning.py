@@ -100,7 +100,7 @@ def test_it_logs_with_the_metrics_what_is_in_force_when_the_batch_begins(name, t
         (seen,) = module.seen[step]
         assert "loss" in row
         assert row["mechanic/effective_lr"] == pytest.approx(seen.effective_lr[0], rel=1e-6)
-        assert row["mechanic/scale"] == pytest.approx(seen.scale, rel=1e-6)
+        assert row["mechanic/scale"] == pytest.approx(seen.scale[0], rel=1e-6)
         assert row["mechanic/skipped_steps"] == 0
         assert row["mechanic/effective_lr"] == pytest.approx(row[lr] * row["mechanic/scale"], rel=1e-6)
     assert rows[7][lr] < rows[1][lr]
@@ -126,7 +126,7 @@ def test_accumulated_batches_are_one_step(tmp_path):
     rows = fit(module, tmp_path, accumulate_grad_batches=2)
     assert sorted(rows) == [1, 3]
     for step, row in rows.items():
-        assert row["mechanic/scale"] == pytest.approx(module.seen[2 * step][0].scale, rel=1e-6)
+        assert row["mechanic/scale"] == pytest.approx(module.seen[2 * step][0].scale[0], rel=1e-6)
     assert rows[3]["mechanic/scale"] > 0
 
 
