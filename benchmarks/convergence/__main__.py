@@ -24,11 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import data, fill, pictures, plan
 from . import report as tables_of
-from .methods import ABLATION, METHODS, Job, execute, matching
+from .methods import IF_NAMED, METHODS, Job, execute, matching
 from .results import Results, key
 from .tasks import PROFILES, TASKS, Task
 
-SEEDS = {"quick": [0], "full": [0, 1, 2]}
+SEEDS = {"quick": [0], "full": [0, 1, 2], "groups": [0, 1, 2]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     names = (
-        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(ABLATION)}\ntasks: {' '.join(TASKS)}\n"
+        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(IF_NAMED)}\ntasks: {' '.join(TASKS)}\n"
         "Both may be patterns, such as 'linear-*'."
     )
     formatter = argparse.RawDescriptionHelpFormatter
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     """Run all jobs that have no result, those that follow from results too; return 1 if any failed."""
     results, profile = Results(options.results), options.profile
     tasks = chosen(profile, options.tasks)
-    methods = matching((*METHODS, *ABLATION), options.methods) if options.methods else METHODS
+    methods = matching((*METHODS, *IF_NAMED), options.methods) if options.methods else METHODS
     seeds = SEEDS[profile] if options.seeds is None else options.seeds
     for task in tasks:
         task.prepare()  # here, lest all workers download at once

@@ -1,8 +1,9 @@
 """What is compared: the plain base at many learning rates, ours, and the peers; and how one job trains.
 
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
-`ours-auto` has found, `ours@1e-04` ours at that base learning rate. `ablation@0.001,0.5` is `ours-auto` with another
-first scale and another penalty, the two constants of `_start.py`; these run only if they are asked for.
+`ours-auto` has found, `ours@1e-04` ours at that base learning rate. These run only if they are asked for:
+`ours-auto/head` is ours with a scale for each group of one of the `GROUPINGS`, here for the body and for the last
+layer; `ablation@0.001,0.5` is `ours-auto` with another first scale and another penalty, the constants of `_start.py`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from torch import nn
 
 from mechanic_pytorch import _start, is_mechanized, mechanize
 
-from .tasks import Run, Task
+from .tasks import GROUPINGS, Run, Task
 
 GRID, LEARNED, TEACHER = "grid", "plain@learned", "ours-auto"
-CENTRE = {"Adam": -2, "AdamW": -6, "SGD": -2}  # in half decades: 0.1, 0.001, 0.1
+CENTRE = {"Adam": -2, "AdamW": -6, "SGD": -2, "Muon": -3}  # in half decades: 0.1, 0.001, 0.1, 0.03
 REACH = {"quick": 2, "full": 4}  # points of the grid on either side of the centre, before it is extended
 FURTHEST = 24  # half decades: no learning rate above 1e12 or below 1e-12 is tried
 FIXED = (
@@ -58,6 +59,8 @@ ABLATION = {
         (1e-3, 0.3),
     ]
 }
+PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
+IF_NAMED = (*ABLATION, *PER_GROUP)
 METHODS = (GRID, *FIXED, LEARNED)
 NAMES = {  # for tables that people read
     TEACHER: 'mechanized, `s_init="auto"`',
@@ -71,7 +74,6 @@ NAMES = {  # for tables that people read
     LEARNED: "the plain base at `learned_lr()` of “auto”",
 }
 POINTS = 20  # of the effective learning rate over time that are kept
-BASES = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 
 
 @dataclass(frozen=True)
@@ -131,19 +133,24 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
     import pytorch_optimizer as po
     from dog import LDoG
 
-    params, base, decay = model.parameters(), BASES[task.base], task.weight_decay
+    base, decay = po.Muon if task.base == "Muon" else getattr(torch.optim, task.base), task.weight_decay
     options: dict[str, Any] = {"momentum": 0.9} if task.base == "SGD" else {"weight_decay": decay}
     decoupled = {"weight_decay": decay, "weight_decouple": True}
     if (k := grid_point(method)) is not None:
-        return base(params, lr=10.0 ** (k / 2), **options)
+        lr = 10.0 ** (k / 2)
+        return base(grouped(task, model, lr), lr=lr, **options)
     if method == LEARNED:
-        return base(params, lr=lr, **options)
+        return base(grouped(task, model, lr), lr=lr, **options)
     if method in ABLATION:
         return build(TEACHER, task, model, lr, peers)
     name, _, number = method.partition("@")
-    if name in ("ours", "ours-auto"):
-        start = {"s_init": "auto"} if name == "ours-auto" else {}
-        return mechanize(base, **start)(params, lr=float(number or 1), **options)
+    family, _, grouping = name.partition("/")
+    if family in ("ours", "ours-auto"):
+        start, lr = {"s_init": "auto"} if family == "ours-auto" else {}, float(number or 1)
+        return mechanize(base, per_group=bool(grouping), **start)(grouped(task, model, lr, grouping), lr=lr, **options)
+    if task.base == "Muon":
+        raise ValueError(f"{method} is not for two kinds of groups")
+    params = model.parameters()
     if name == "0.0.1":
         from benchmarks.start import load_old
 
@@ -159,6 +166,17 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
     if method == "adamw@1e-3":
         return torch.optim.AdamW(params, lr=1e-3, weight_decay=decay)
     raise ValueError(f"nothing is called {method!r}. Known: {', '.join(METHODS)}")
+
+
+def grouped(task: Task, model: nn.Module, lr: float | None, grouping: str = "") -> Any:
+    """Return the parameters as an optimizer of a task takes them, in groups if it or the method wants some."""
+    if task.base == "Muon":
+        parts = zip(GROUPINGS["muon"](model), (lr, None if lr is None else lr * task.ratio), (True, False), strict=True)
+        return [
+            {"params": part, "lr": rate, "use_muon": is_hidden, "weight_decay": task.weight_decay}
+            for part, rate, is_hidden in parts
+        ]
+    return [{"params": part} for part in GROUPINGS[grouping](model)] if grouping else model.parameters()
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -206,8 +224,10 @@ def train(job: Job, lr: float | None, peers: Path) -> dict[str, Any]:
             for batch in run.batches[:50]:
                 run.loss(batch)
     result |= {"loss": run.final_loss(), "metric": run.metric(), "metric name": job.task.metric}
-    learned = optimizer.learned_lr()[0] if is_mechanized(optimizer) else math.nan
-    return result | {"learned lr": learned, "peak lr": peak, "lr over time": points, "seconds": round(seconds, 3)}
+    learned = optimizer.learned_lr() if is_mechanized(optimizer) else [math.nan]
+    if len(learned) > 1:
+        result["learned lrs"] = learned
+    return result | {"learned lr": learned[0], "peak lr": peak, "lr over time": points, "seconds": round(seconds, 3)}
 
 
 def switch(optimizer: Any, mode: str) -> None:

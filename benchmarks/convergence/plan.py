@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from .methods import ABLATION, CENTRE, FIXED, FURTHEST, GRID, LEARNED, REACH, TEACHER, Job, finite, grid_name
+from .methods import CENTRE, FIXED, FURTHEST, GRID, IF_NAMED, LEARNED, REACH, TEACHER, Job, finite, grid_name
 from .results import key
 from .tasks import Task
 
@@ -66,7 +66,7 @@ def jobs(
             }
             wanted += [(Job(task, grid_name(k), s, profile), None) for k in grid(task, profile, losses) for s in seeds]
         wanted += [
-            (Job(task, method, s, profile), None) for method in (*FIXED, *ABLATION) if method in methods for s in seeds
+            (Job(task, method, s, profile), None) for method in (*FIXED, *IF_NAMED) if method in methods for s in seeds
         ]
         if LEARNED in methods:
             for seed in seeds:

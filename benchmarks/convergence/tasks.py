@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import data
 
-PROFILES = ("quick", "full")
+PROFILES = ("quick", "full", "groups")
 EVALUATION = 5000  # at most so many examples of the training data say what the loss is
 CHUNK = 1000
 CONTEXT, WIDTH = 64, 64
@@ -58,6 +58,7 @@ class Task:
         published: the row of `PUBLISHED`.
         files: what must be at hand or public; a task of a file that is neither is left out.
         prepare: is called once, before any job runs.
+        ratio: of a base with two kinds of groups, the lr of the second relative to that of the first.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Task:
     published: str | None = None
     files: tuple[str, ...] = ()
     prepare: Callable[[], Any] = field(default=lambda: None)
+    ratio: float = 1.0
 
     def steps(self, profile: str) -> int:
         """Return how many steps there are."""
@@ -248,6 +250,32 @@ class LSTM(nn.Module):
         return self.head(self.lstm(self.embedding(name))[0]).transpose(1, 2)
 
 
+def by_head(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters of the body, and those of the last layer."""
+    parts = by_part(model)
+    return [[p for part in parts[:-1] for p in part], parts[-1]]
+
+
+def by_part(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters of each part of a model: the layers of a plain one; else embedding, blocks and head."""
+    parts = [*([p] for p in model.parameters(recurse=False)), *(list(part.parameters()) for part in model.children())]
+    return [part for part in parts if part]
+
+
+def by_kind(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the matrices, and the rest: biases and what norms have, which often go without weight decay."""
+    return [[p for p in model.parameters() if (p.ndim < 2) == is_vector] for is_vector in (False, True)]
+
+
+def for_muon(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the matrices of the blocks, which are Muon's, and what AdamW takes: embeddings, head, vectors."""
+    hidden = {id(p) for p in model.get_submodule("layers").parameters() if p.ndim == 2}
+    return [[p for p in model.parameters() if (id(p) in hidden) == is_hidden] for is_hidden in (True, False)]
+
+
+GROUPINGS = {"head": by_head, "part": by_part, "kind": by_kind, "muon": for_muon}
+
+
 def _linear_task(name: str, path: str, quick: int | None = None, published: str | None = None) -> Task:
     def load() -> data.Split:
         x, y = data.usps() if name == "usps" else data.libsvm(path)
@@ -302,6 +330,15 @@ def _all() -> list[Task]:
         task("fashion-cnn-sgd", "SGD", images, cnn, accuracy, 64, 800, quick=40),
         task("mnist-to-fashion", "AdamW", images, finetuned, accuracy, 64, 600, prepare=both),
         task("shakespeare-gpt", "AdamW", text, Transformer, "test loss", 16, 1000, weight_decay=0.1),
+        *(
+            replace(
+                task("shakespeare-gpt", "Muon", text, Transformer, "test loss", 16, 0, weight_decay=0.1),
+                name=f"shakespeare-muon-{ratio:g}",
+                lengths={"groups": 1000},
+                ratio=ratio,
+            )
+            for ratio in (1, 0.1, 0.01)
+        ),
         task("names-lstm", "AdamW", data.names, LSTM, "test loss", 64, 1000),
         task("housing-mlp", "AdamW", data.housing, prices, "R², %", 64, 1500, quick=200),
     ]

@@ -61,7 +61,7 @@ def check_can_grow(optimizer: Any) -> None:
     Raises:
         ValueError: scales are frozen, one per group.
     """
-    if optimizer.mechanic_config.per_group and optimizer.param_groups and _state.is_frozen(optimizer):
+    if optimizer.mechanic_config.per_group and _state.is_frozen(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__}: add_param_group with per_group=True needs scales that adapt, for the new "
             "group has none yet. Got frozen ones. Remedy: call optimizer.unfreeze_scale() first."
