@@ -392,13 +392,15 @@ def test_a_report_of_a_few_results(written, tmp_path, capsys, count):
 def test_marked_tables_are_made_anew_and_nothing_else(written, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(
-        "# ü\n\n<!-- convergence: overview -->\nold\n<!-- end -->\nbelow\n\n<!-- convergence: tasks -->\n<!-- end -->"
+        "# ü\n\n<!-- convergence: overview -->\nold\n<!-- end -->\nbelow\n\n"
+        "<!-- convergence: origin -->\n<!-- end -->\n<!-- convergence: tasks -->\n<!-- end -->"
     )
     for _ in range(2):
         report_of(written, "--fill", str(page), capsys=capsys)
         text = page.read_text()
         assert text.startswith("# ü\n\n<!-- convergence: overview -->\n| method | 1 networks, mean | worst |")
-        assert "\n<!-- end -->\nbelow\n\n<!-- convergence: tasks -->\n| task | tuned lr |" in text
+        assert "\n<!-- end -->\nbelow\n\n<!-- convergence: origin -->\n<sub>" in text
+        assert "\n<!-- end -->\n<!-- convergence: tasks -->\n| task | tuned lr |" in text
         assert text.endswith("\n<!-- end -->")
         assert "old" not in text
     assert row(text, "mechanized, defaults") == ["3.00", "3.00 (tiny)", "", "", "-2.0"]
@@ -410,13 +412,13 @@ def test_marked_tables_are_made_anew_and_nothing_else(written, tmp_path, capsys)
         program.main(["report", "--results", str(written.path), "--fill", str(page)])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/convergence.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/convergence.md", "docs/per-group.md"])
 def test_the_documentation_says_what_the_results_say(page):
     root = Path(__file__).parents[1]
     lines = Results(root / "benchmarks" / "convergence" / "results.jsonl").lines()
     _, tables = report.compose(lines, "full")
     text = (root / page).read_text(encoding="utf-8")
-    assert "<!-- convergence: overview -->" in text
+    assert "<!-- convergence: " in text
     assert fill.fill(text, tables, lines) == text
 
 

@@ -5,15 +5,21 @@ A mark is a line `<!-- convergence: NAME -->`; what stands between it and the ne
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from .compare import TaskResults, apart, over, points
+from .compare import TaskResults, apart, geometric, over, points
 from .methods import FIXED, NAMES, TEACHER
-from .report import accuracies, constants, markdown_table, number, signed
+from .report import accuracies, compose, constants, markdown_table, number, signed
 
+GROUPINGS_SAID = {
+    "head": "body and last layer",
+    "part": "each part: layer, or embedding, blocks and head",
+    "kind": "matrices, and vectors",
+}
 MARK = re.compile(r"(<!-- convergence: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -28,7 +34,8 @@ def fill(text: str, tables: Sequence[TaskResults], lines: Sequence[dict[str, Any
         name = match["name"]
         if name not in TABLES:
             raise ValueError(f"no table is called {name!r}. Known: {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](tables)}\n{origin(tables, lines) if name in ORIGIN else ''}"
+        own = compose(lines, PROFILES[name])[1] if name in PROFILES else tables
+        return f"{match[1]}{TABLES[name](own)}\n"
 
     return MARK.sub(made, text)
 
@@ -92,19 +99,51 @@ def every_task(tables: Sequence[TaskResults]) -> str:
     return markdown_table(head, rows)
 
 
-def origin(tables: Sequence[TaskResults], lines: Sequence[dict[str, Any]]) -> str:
+def groupings(tables: Sequence[TaskResults]) -> str:
+    """Return a row for each network: losses relative to tuned, with one scale and with one for each group."""
+    networks, _ = apart(tables)
+    methods = {TEACHER: "one scale"} | {f"{TEACHER}/{name}": title for name, title in GROUPINGS_SAID.items()}
+    rows = [[table.task.name, *(relative(table.ratio(method)) for method in methods)] for table in networks]
+    found = [over(networks, method) for method in methods]
+    rows.append(["geometric mean", *(relative(each.mean) if each else "" for each in found)])
+    return markdown_table(["loss / tuned", *methods.values()], rows)
+
+
+def muon(tables: Sequence[TaskResults]) -> str:
+    """Return a row for each ratio of the lrs of two kinds of groups: losses relative to the best pair of lrs."""
+    losses = {table.task.name: table.loss(table.tuned_method) for table in tables if table.tuned_method}
+    best = min((loss for loss in losses.values() if loss is not None), default=math.nan)
+    rows = []
+    for table in tables:
+        ratio, tuned = table.task.ratio, table.tuned_lr or math.nan
+        row = [f"1 : {ratio:g}", relative((table.loss(table.tuned_method or "") or math.nan) / best)]
+        row.append(f"{tuned:.2g}, {tuned * ratio:.2g}")
+        for method in (TEACHER, f"{TEACHER}/muon"):
+            learned = [line["learned lrs"] for line in table.lines.get(method, {}).values()]
+            loss = table.loss(method)
+            row.append("" if loss is None else relative(loss / best))
+            row.append(", ".join(f"{geometric(values):.2g}" for values in zip(*learned, strict=True)))
+        rows.append(row)
+    head = ["lr of Muon : lr of AdamW", "tuned", "lrs", "one scale", "learned lrs", "a scale per group", "learned lrs"]
+    return markdown_table(head, rows)
+
+
+def origin(tables: Sequence[TaskResults]) -> str:
     """Return what the tables rest on, as a line of small print."""
-    last = lines[-1]
+    every = [line for table in tables for by_seed in table.lines.values() for line in by_seed.values()]
+    if not every:
+        return ""
+    last = max(every, key=lambda line: line["time"])
     seeds: dict[tuple[int, ...], list[str]] = {}
     for table in tables:
         seeds.setdefault(tuple(sorted(table.lines.get(TEACHER, {}))), []).append(table.task.name)
     usual = max(seeds, key=lambda key: len(seeds[key]))
     others = [f"{', '.join(names)}: {_seeds(key)}" for key, names in seeds.items() if key != usual]
-    runs = sum(len(by_seed) for table in tables for by_seed in table.lines.values())
+    which = "; ".join([_seeds(usual), *others])
     return (
-        f"\n<sub>{runs} runs, {'; '.join([_seeds(usual), *others])}; torch {last['torch']}, Python {last['python']}, "
-        "x86-64, one thread a run. `python -m benchmarks.convergence report --profile full --results "
-        "benchmarks/convergence/results.jsonl --output docs/convergence --fill README.md docs/convergence.md`</sub>\n"
+        f"<sub>{len(every)} runs, {which}; torch {last['torch']}, Python {last['python']}, x86-64, one thread a run. "
+        "`python -m benchmarks.convergence report --profile full --results benchmarks/convergence/results.jsonl "
+        "--output docs/convergence --fill README.md docs/convergence.md docs/per-group.md`</sub>"
     )
 
 
@@ -118,5 +157,8 @@ TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
     "tasks": every_task,
     "constants": constants,
     "accuracies": accuracies,
+    "origin": origin,
+    "groupings": groupings,
+    "muon": muon,
 }
-ORIGIN = {"overview"}
+PROFILES = {"muon": "groups"}  # of tables that are always made of the same one

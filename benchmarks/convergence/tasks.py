@@ -330,6 +330,8 @@ def _all() -> list[Task]:
         task("fashion-cnn-sgd", "SGD", images, cnn, accuracy, 64, 800, quick=40),
         task("mnist-to-fashion", "AdamW", images, finetuned, accuracy, 64, 600, prepare=both),
         task("shakespeare-gpt", "AdamW", text, Transformer, "test loss", 16, 1000, weight_decay=0.1),
+        task("names-lstm", "AdamW", data.names, LSTM, "test loss", 64, 1000),
+        task("housing-mlp", "AdamW", data.housing, prices, "R², %", 64, 1500, quick=200),
         *(
             replace(
                 task("shakespeare-gpt", "Muon", text, Transformer, "test loss", 16, 0, weight_decay=0.1),
@@ -339,8 +341,6 @@ def _all() -> list[Task]:
             )
             for ratio in (1, 0.1, 0.01)
         ),
-        task("names-lstm", "AdamW", data.names, LSTM, "test loss", 64, 1000),
-        task("housing-mlp", "AdamW", data.housing, prices, "R², %", 64, 1500, quick=200),
     ]
 
 
