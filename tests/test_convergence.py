@@ -412,6 +412,11 @@ def test_marked_tables_are_made_anew_and_nothing_else(written, tmp_path, capsys)
         program.main(["report", "--results", str(written.path), "--fill", str(page)])
 
 
+def test_every_profile_is_known_everywhere():
+    assert set(tasks.PROFILES) == set(methods.REACH) == set(program.SEEDS)
+    assert set(tasks.PROFILES) == {profile for task in tasks.TASKS.values() for profile in task.lengths}
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/convergence.md", "docs/per-group.md"])
 def test_the_documentation_says_what_the_results_say(page):
     root = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from .tasks import GROUPINGS, Run, Task
 
 GRID, LEARNED, TEACHER = "grid", "plain@learned", "ours-auto"
 CENTRE = {"Adam": -2, "AdamW": -6, "SGD": -2, "Muon": -3}  # in half decades: 0.1, 0.001, 0.1, 0.03
-REACH = {"quick": 2, "full": 4}  # points of the grid on either side of the centre, before it is extended
+REACH = {"quick": 2, "full": 4, "groups": 4}  # points of the grid on either side of the centre, before it is extended
 FURTHEST = 24  # half decades: no learning rate above 1e12 or below 1e-12 is tried
 FIXED = (
     "ours",
