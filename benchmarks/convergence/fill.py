@@ -109,20 +109,40 @@ def groupings(tables: Sequence[TaskResults]) -> str:
     return markdown_table(["loss / tuned", *methods.values()], rows)
 
 
+def part_rates(tables: Sequence[TaskResults]) -> str:
+    """Return a row for each network: the learned lr, that of each part, and by how much these differ."""
+    rows = []
+    for table in apart(tables)[0]:
+        learned = learned_lrs(table, f"{TEACHER}/part")
+        apart_by = number(max(learned) / min(learned), ".2g") if learned else ""
+        rows.append([table.task.name, number(table.rate(TEACHER), ".2g"), said(learned), apart_by])
+    return markdown_table(["learned lr", "one scale", "each part, first to last", "largest / smallest"], rows)
+
+
+def learned_lrs(table: TaskResults, method: str) -> list[float]:
+    """Return the learned lr of each group, the geometric mean over seeds; nothing without results."""
+    learned = [line["learned lrs"] for line in table.lines.get(method, {}).values()]
+    return [geometric(values) for values in zip(*learned, strict=True)]
+
+
+def said(rates: Sequence[float]) -> str:
+    """Return learning rates for a table."""
+    return ", ".join(number(rate, ".1e") for rate in rates)
+
+
 def muon(tables: Sequence[TaskResults]) -> str:
     """Return a row for each ratio of the lrs of two kinds of groups: losses relative to the best pair of lrs."""
-    losses = {table.task.name: table.loss(table.tuned_method) for table in tables if table.tuned_method}
-    best = min((loss for loss in losses.values() if loss is not None), default=math.nan)
+    losses = [table.loss(table.tuned_method or "") or math.nan for table in tables]
+    best = min(losses, default=math.nan)
     rows = []
-    for table in tables:
+    for table, loss in zip(tables, losses, strict=True):
         ratio, tuned = table.task.ratio, table.tuned_lr or math.nan
-        row = [f"1 : {ratio:g}", relative((table.loss(table.tuned_method or "") or math.nan) / best)]
-        row.append(f"{tuned:.2g}, {tuned * ratio:.2g}")
+        row = [f"1 : {ratio:g}", relative(loss / best)]
+        row.append(said([tuned, tuned * ratio]))
         for method in (TEACHER, f"{TEACHER}/muon"):
-            learned = [line["learned lrs"] for line in table.lines.get(method, {}).values()]
-            loss = table.loss(method)
-            row.append("" if loss is None else relative(loss / best))
-            row.append(", ".join(f"{geometric(values):.2g}" for values in zip(*learned, strict=True)))
+            to_tuned = table.ratio(method)
+            row.append("" if to_tuned is None else relative(to_tuned * loss / best))
+            row.append(said(learned_lrs(table, method)))
         rows.append(row)
     head = ["lr of Muon : lr of AdamW", "tuned", "lrs", "one scale", "learned lrs", "a scale per group", "learned lrs"]
     return markdown_table(head, rows)
@@ -159,6 +179,7 @@ TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
     "accuracies": accuracies,
     "origin": origin,
     "groupings": groupings,
+    "part rates": part_rates,
     "muon": muon,
 }
 PROFILES = {"muon": "groups"}  # of tables that are always made of the same one

@@ -94,9 +94,8 @@ def read(optimizer: Any, key: str) -> Tensor:
 
 def write(optimizer: Any, key: str, value: Tensor) -> None:
     """Write in place what `read` returns."""
-    rows = value.unbind() if optimizer.mechanic_config.per_group else [value]
-    for home, row in zip(homes(optimizer), rows, strict=True):
-        home[key].copy_(row)
+    rows = list(value.unbind()) if optimizer.mechanic_config.per_group else [value]
+    torch._foreach_copy_([home[key] for home in homes(optimizer)], rows)
 
 
 def read_tuner(optimizer: Any) -> TunerState:
