@@ -17,7 +17,7 @@ from .report import accuracies, compose, constants, markdown_table, number, sign
 
 GROUPINGS_SAID = {
     "head": "body and last layer",
-    "part": "each part: layer, or embedding, blocks and head",
+    "part": "each part",
     "kind": "matrices, and vectors",
 }
 MARK = re.compile(r"(<!-- convergence: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
