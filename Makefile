@@ -26,9 +26,11 @@ unit: .venv/.dev .venv/peers ## all tests
 docs: .venv/.dev ## run every Python block of the documentation
 	$(BIN)/python tools/run_markdown.py docs/*.md
 
-wheel: .venv/.dev ## build the wheel, install it alone into a clean environment, run README's examples there
+wheel: .venv/.dev ## build wheel and sdist, check them, install the wheel alone, run README's examples there
 	rm -rf dist .venv-wheel
-	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	@! find dist -type f -size +1000000c | grep . || { echo 'over 1 MB. Remedy: exclude files in pyproject.toml' >&2; exit 1; }
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd dist && ../.venv-wheel/bin/python -W error -W 'ignore:Failed to initialize NumPy' ../tools/run_markdown.py ../README.md

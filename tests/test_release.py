@@ -1,0 +1,103 @@
+"""What a release is made of agrees with itself."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest needs there
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["version"] == PROJECT["version"]
+    assert re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    assert citation["preferred-citation"]["url"] == PROJECT["urls"]["Paper"]
+
+
+def test_supported_versions_are_those_that_are_tested():
+    """The workflow runs others too, but only as experiments; constraints.txt pins the torch."""
+    named = {name.rpartition(" ")[2] for name in PROJECT["classifiers"] if re.search(r"Python :: 3\.", name)}
+    job = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"]["test"]
+    assert set(job["strategy"]["matrix"]["python"]) == named
+    assert job["strategy"]["matrix"]["experimental"] == [False]
+    torch = re.search(r"^torch==(\d+\.\d+)", read("constraints.txt"), re.MULTILINE)[1]
+    (statement,) = re.findall(r"\*\*Tested with\*\* Python ([\d., and]+?) and torch (\S+) on Linux", read("README.md"))
+    assert (set(re.findall(r"\d\.\d+", statement[0])), statement[1]) == (named, torch)
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_forms_are_forms(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.stem == "config":
+        assert {link.keys() == {"name", "url", "about"} for link in form["contact_links"]} == {True}
+        return
+    assert {"name", "description", "body"} <= form.keys()
+    ids = [field["id"] for field in form["body"]]
+    assert len(ids) == len(set(ids)) > 2
+    assert all(field["type"] in ("input", "textarea") and field["attributes"]["label"] for field in form["body"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_may_do_little_and_not_for_ever(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert job.get("permissions", {}) == ({"id-token": "write"} if name == "publish" else {})
+        assert "uses" in job or job["timeout-minutes"] <= 45
+        for step in job.get("steps", []):
+            assert "uses" not in step or re.search(r"@v\d+\.\d+\.\d+$", step["uses"]), step["uses"]
+            assert "secrets." not in str(step)
+
+
+def test_only_an_approved_tag_is_published():
+    release = yaml.safe_load(read(".github/workflows/release.yml"))
+    assert release[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the word "on" as true
+    jobs = release["jobs"]
+    assert jobs["publish"]["environment"] == "pypi"
+    assert (jobs["publish"]["needs"], jobs["build"]["needs"]) == ("build", "test")
+    assert jobs["test"]["uses"] == "./.github/workflows/test.yml"
+
+
+def test_a_link_on_pypi_leads_somewhere():
+    """The substitutions of pyproject.toml, which make the description there of the README."""
+    hook = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = read("README.md")
+    assert "![" in text
+    assert "](docs/" in text
+    for substitution in hook["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets), targets
+    assert "![" not in text
+    assert "[How it was measured]" not in text
+    assert "How it was measured" in text
+
+
+def test_nothing_private_is_in_the_repository():
+    """No path or mail address of a machine on which it was made."""
+    private = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|mnt)/\w|[\w.]+@[\w-]+\.(?:com|org|net|io)\b")
+    files = [path for path in ROOT.glob("*") if path.suffix in (".md", ".cff", ".toml", ".txt")]
+    for folder in (".github", "benchmarks", "docs", "examples", "src", "tests", "tools"):
+        files += [
+            path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py", ".yml", ".jsonl", ".toml")
+        ]
+    assert len(files) > 50
+    found = [f"{path}: {hit[0]}" for path in files for hit in private.finditer(path.read_text(encoding="utf-8"))]
+    assert found == []
