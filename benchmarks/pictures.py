@@ -66,8 +66,9 @@ def learning_rates(runs: dict[str, list[ReadOut]], tuned: float) -> Figure:
     for name, rows in runs.items():
         points = [(row.steps, row.effective_lr[0]) for row in rows if row.effective_lr[0] > 0]
         axis.plot(*zip(*points, strict=True), label=name)
-    axis.plot(range(1, STEPS + 1), [tuned * factor(t) for t in range(STEPS)], "--", color="0.4", label="tuned by a grid")
-    axis.set(xscale="log", yscale="log", ylim=(1e-10, 1), xlabel="step", ylabel="lr × scale")
+    planned = [tuned * factor(step) for step in range(STEPS)]
+    axis.plot(range(1, STEPS + 1), planned, "--", color="0.4", label="tuned by a grid")
+    axis.set(xscale="log", yscale="log", ylim=(1e-10, 1), xlabel="step", ylabel="lr * scale")
     axis.legend(loc="lower right")
     return figure
 
