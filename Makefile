@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint types unit docs wheel clean
+.PHONY: help demo test lint types unit docs site wheel clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,8 +23,12 @@ types: .venv/.dev ## strict type check of src
 unit: .venv/.dev .venv/peers ## all tests
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
-docs: .venv/.dev ## run every Python block of the documentation
+docs: .venv/.dev ## run every Python block of the documentation, and build it as a site, strictly
 	$(BIN)/python tools/run_markdown.py docs/*.md
+	$(BIN)/mkdocs build --strict --quiet
+
+site: .venv/.dev ## show the documentation at http://127.0.0.1:8000, while it is written
+	$(BIN)/mkdocs serve
 
 wheel: .venv/.dev ## build wheel and sdist, check them, install the wheel alone, run README's examples there
 	rm -rf dist .venv-wheel
@@ -36,7 +40,7 @@ wheel: .venv/.dev ## build wheel and sdist, check them, install the wheel alone,
 	cd dist && ../.venv-wheel/bin/python -W error -W 'ignore:Failed to initialize NumPy' ../tools/run_markdown.py ../README.md
 
 clean: ## remove everything that make made
-	rm -rf .venv .venv-wheel dist demo.png
+	rm -rf .venv .venv-wheel dist site demo.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

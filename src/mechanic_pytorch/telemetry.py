@@ -40,14 +40,25 @@ class ReadOut:
     """What an optimizer had learned at one moment.
 
     There is one tuner, or, with `per_group=True`, one for each parameter group.
+
+    Attributes:
+        steps: made since the start or the last `reset`, skipped ones included.
+        skipped_steps: how many of them were skipped.
+        scale: per tuner.
+        effective_lr: per parameter group: its lr at that moment, times its scale.
+        learned_lr: per parameter group: for the plain optimizer, see `Mechanic.learned_lr`.
+        max_product: m of the paper, per tuner and beta.
+        sum_squared_products: v of the paper, likewise.
+        reward: r of the paper, likewise.
+        scales: s of the paper, likewise.
     """
 
-    steps: int  # made since the start or the last `reset`, skipped ones included
+    steps: int
     skipped_steps: int
-    scale: list[float]  # per tuner
-    effective_lr: list[float]  # per parameter group: its lr at that moment, times its scale
-    learned_lr: list[float]  # per parameter group: for the plain optimizer, see `Mechanic.learned_lr`
-    max_product: list[list[float]]  # from here on per tuner and beta: m, v, r and s of the paper
+    scale: list[float]
+    effective_lr: list[float]
+    learned_lr: list[float]
+    max_product: list[list[float]]
     sum_squared_products: list[list[float]]
     reward: list[list[float]]
     scales: list[list[float]]

@@ -1,0 +1,103 @@
+"""The pictures of `docs/how-it-works.md`: what the tuner does in one run, step by step.
+
+    python benchmarks/pictures.py
+
+scikit-learn's handwritten digits, a 64-32-10 network, AdamW, batches of 64, 600 steps, cosine after a warm-up of a
+twentieth, one seed. The tuned learning rate is the one of half decades whose final loss is least.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+from mechanic_pytorch import mechanize
+from mechanic_pytorch.telemetry import ReadOut, Trace
+
+STEPS, RISING = 600, 30
+OUTPUT = Path(__file__).parents[1] / "docs" / "how-it-works"
+_images, _labels = load_digits(return_X_y=True)
+IMAGES, LABELS = torch.tensor(_images / 16, dtype=torch.float32), torch.tensor(_labels)
+
+
+def factor(step: int) -> float:
+    """Return by what the schedule multiplies lr."""
+    if step < RISING:
+        return (step + 1) / RISING
+    return (1 + math.cos(math.pi * (step - RISING) / (STEPS - RISING))) / 2
+
+
+def train(base: Any, lr: float) -> tuple[float, list[ReadOut]]:
+    """Train once; return the final loss and, of a mechanized base, what it had learned after each step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = base(model.parameters(), lr=lr)
+    trace = Trace(optimizer) if base is not torch.optim.AdamW else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(IMAGES), (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(IMAGES[chosen]), LABELS[chosen]).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return float(F.cross_entropy(model(IMAGES), LABELS)), trace.read() if trace else []
+
+
+def panels(height: float, rows: int = 1) -> tuple[Figure, Any]:
+    """Return a figure that can be read on a phone, and its axes, one above the other."""
+    figure = Figure(figsize=(5.6, height), dpi=130, layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True)
+    for axis in [axes] if rows == 1 else axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def learning_rates(runs: dict[str, list[ReadOut]], tuned: float) -> Figure:
+    """Draw the effective learning rate over the steps, and the tuned one under its schedule."""
+    figure, axis = panels(3.6)
+    for name, rows in runs.items():
+        points = [(row.steps, row.effective_lr[0]) for row in rows if row.effective_lr[0] > 0]
+        axis.plot(*zip(*points, strict=True), label=name)
+    planned = [tuned * factor(step) for step in range(STEPS)]
+    axis.plot(range(1, STEPS + 1), planned, "--", color="0.4", label="tuned by a grid")
+    axis.set(xscale="log", yscale="log", ylim=(1e-10, 1), xlabel="step", ylabel="lr * scale")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def copies(rows: list[ReadOut], betas: tuple[float, ...]) -> Figure:
+    """Draw the scale of each copy of the tuner, one on top of the other, and the reward of each."""
+    figure, (above, below) = panels(5.4, rows=2)
+    steps = [row.steps for row in rows]
+    names = [f"β = {beta:g}" for beta in betas]
+    above.stackplot(steps, list(zip(*(row.scales[0] for row in rows), strict=True)), labels=names)
+    above.set(ylabel="scale s of each copy, stacked")
+    above.legend(fontsize=8, loc="upper left")
+    for name, rewards in zip(names, zip(*(row.reward[0] for row in rows), strict=True), strict=True):
+        below.plot(steps, rewards, label=name)
+    below.set(xlabel="step", ylabel="reward r of each copy", xlim=(0, STEPS))
+    return figure
+
+
+def main() -> None:
+    """Draw both."""
+    torch.set_num_threads(1)
+    adamw = torch.optim.AdamW
+    auto, default = mechanize(adamw, s_init="auto"), mechanize(adamw)
+    tuned = min((10 ** (k / 2) for k in range(-8, 1)), key=lambda lr: train(adamw, lr)[0])
+    runs = {'s_init="auto"': train(auto, 1.0)[1], "defaults": train(default, 1.0)[1]}
+    OUTPUT.mkdir(exist_ok=True)
+    learning_rates(runs, tuned).savefig(OUTPUT / "learning-rates.png")
+    copies(runs["defaults"], default.mechanic_config.betas).savefig(OUTPUT / "copies.png")
+
+
+if __name__ == "__main__":
+    main()

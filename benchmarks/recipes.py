@@ -1,0 +1,266 @@
+"""What Mechanic does with the usual ingredients of a training loop: the figures of `docs/recipes.md`.
+
+    MECHANIC_DATA=data python -m benchmarks.recipes --fill docs/recipes.md
+
+One small task: a perceptron (784-128-64-10) on Fashion-MNIST, AdamW, batches of 64, 400 steps, cosine, unless a row
+says otherwise; for fine-tuning, one that has been trained on MNIST before. Each row is trained by the mechanized base
+with `s_init="auto"` at lr 1.0, and by the plain base at the best learning rate of half decades for this very row.
+
+Prints a Markdown table for each topic, or writes them between the marks `<!-- recipes: NAME -->` and `<!-- end -->`.
+Losses are means over three seeds of weights and batches, over 5000 examples of the training data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from benchmarks.convergence import data
+from benchmarks.convergence.tasks import EVALUATION, Standardise, batches, mlp
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mechanic_pytorch import is_mechanized, mechanize
+
+SEEDS, STEPS, BATCH = range(3), 400, 64
+CENTRE = {"AdamW": -5, "SGD": -2}  # of the grid, in half decades; from there it goes downhill
+FURTHEST = 12
+MARK = re.compile(r"(<!-- recipes: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+# From the part of the run that is behind, to a factor of lr.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "linear to 0": lambda t: 1 - t,
+    "cosine to 0": lambda t: (1 + math.cos(math.pi * t)) / 2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    name: str = field(compare=False)  # cases that differ in nothing else are trained once
+    base: str = "AdamW"
+    schedule: str = "cosine to 0"
+    warm_up: float = 0.0  # part of the steps
+    weight_decay: float = 0.01
+    clip: float | None = None
+    accumulate: int = 1  # batches for a step
+    batch: int = BATCH
+    bfloat16: bool = False  # under autocast
+    average: float | None = None  # decay of an average of the weights, which is then judged
+    tune: str | None = None  # of a pretrained model: all of it, its last layer, or adapters and its last layer
+
+    def factor(self, step: int) -> float:
+        """Return by what the schedule multiplies lr."""
+        rising = round(self.warm_up * STEPS)
+        if step < rising:
+            return (step + 1) / rising
+        return SCHEDULES[self.schedule]((step - rising) / (STEPS - rising))
+
+
+TOPICS = {
+    "schedule": [Case(name, schedule=name) for name in SCHEDULES],
+    "warm up": [Case(f"{100 * part:g} % of the steps", warm_up=part) for part in (0.0, 0.05, 0.2)],
+    "weight decay": [Case(f"{decay:g}", weight_decay=decay) for decay in (0.0, 0.01, 0.1, 1.0)],
+    "clipping": [
+        Case(f"{base}, {f'norm {clip:g}' if clip else 'none'}", base=base, clip=clip)
+        for base in ("AdamW", "SGD")
+        for clip in (None, 1.0, 0.1)
+    ],
+    "accumulation": [
+        Case("16", batch=16),
+        Case("64"),
+        Case("4 x 16, accumulated", batch=16, accumulate=4),
+        Case("4 x 64, accumulated", accumulate=4),
+    ],
+    "precision": [Case("float32"), Case("bfloat16 autocast", bfloat16=True)],
+    "average": [
+        Case(f"{schedule}, {'averaged' if decay else 'last'} weights", schedule=schedule, average=decay)
+        for schedule in ("constant", "cosine to 0")
+        for decay in (None, 0.98)
+    ],
+    "fine tuning": [
+        Case("from random weights"),
+        Case("all weights", tune="all"),
+        Case("last layer alone", tune="head"),
+        Case("last layer alone, warm-up of 20 %", tune="head", warm_up=0.2),
+        Case("adapters of rank 4, and last layer", tune="adapters"),
+        Case("the same, warm-up of 20 %", tune="adapters", warm_up=0.2),
+    ],
+}
+
+
+class LowRank(nn.Module):
+    """Add a product of two thin matrices to a weight, zero at first, as LoRA does."""
+
+    def __init__(self, weight: Tensor, rank: int = 4) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(len(weight), rank))
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight."""
+        return weight + self.up @ self.down
+
+
+def network() -> nn.Sequential:
+    """Return a perceptron for images of 28 x 28."""
+    return mlp(784, 128, 64, 10).insert(0, Standardise())
+
+
+@cache
+def pretrained() -> dict[str, Tensor]:
+    """Return the weights of the perceptron after 600 steps of AdamW on MNIST."""
+    torch.manual_seed(0)
+    model = network()
+    x, y, _, _ = data.images("mnist")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for chosen in batches(len(x), BATCH, 600, seed=0):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def start(case: Case) -> nn.Sequential:
+    """Return the model of a case, with gradients for what is trained."""
+    model = network()
+    if case.tune is None:
+        return model
+    *body, head = (layer for layer in model if isinstance(layer, nn.Linear))
+    fresh = {name: weight.clone() for name, weight in head.state_dict().items()}
+    model.load_state_dict(pretrained())
+    head.load_state_dict(fresh)
+    for layer in body:
+        layer.requires_grad_(case.tune == "all")
+        if case.tune == "adapters":
+            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight))
+    return model
+
+
+def train(case: Case, seed: int, make: Callable[[Any], torch.optim.Optimizer]) -> tuple[float, float, float]:
+    """Train once; return the training loss, the test accuracy in %, and the learned lr (NaN if none was learned)."""
+    x, y, x_test, y_test = data.images("fashion-mnist")
+    pretrained()
+    torch.manual_seed(seed)
+    model = start(case)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, case.factor)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(case.average)) if case.average else None
+    order = iter(batches(len(x), case.batch, STEPS * case.accumulate, seed))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for _ in range(case.accumulate):
+            chosen = next(order)
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
+                loss = F.cross_entropy(model(x[chosen]), y[chosen])
+            (loss / case.accumulate).backward()
+        if case.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        optimizer.step()
+        schedule.step()
+        if average is not None:
+            average.update_parameters(model)
+    judged = model if average is None else average
+    seen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:EVALUATION]
+    with torch.no_grad():
+        final = float(F.cross_entropy(judged(x[seen]), y[seen]))
+        accuracy = 100 * float((judged(x_test).argmax(1) == y_test).float().mean())
+    return final, accuracy, optimizer.learned_lr()[0] if is_mechanized(optimizer) else math.nan
+
+
+@cache
+def at(case: Case, k: int | None) -> list[tuple[float, float, float]]:
+    """Return a run for each seed: mechanized, or plain at a learning rate given in half decades."""
+    base: Any = getattr(torch.optim, case.base)
+    options: dict[str, Any] = {"momentum": 0.9} if case.base == "SGD" else {"weight_decay": case.weight_decay}
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        if k is None:
+            return mechanize(base, s_init="auto")(params, lr=1.0, **options)
+        return base(params, lr=10 ** (k / 2), **options)
+
+    return [train(case, seed, make) for seed in SEEDS]
+
+
+def mean_loss(runs: list[tuple[float, float, float]]) -> float:
+    """Return the mean loss, infinite where it is not finite."""
+    loss = fmean(run[0] for run in runs)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def tuned(case: Case) -> int:
+    """Return the best learning rate in half decades: both of its neighbours are worse."""
+    best = CENTRE[case.base]
+    while abs(best) < FURTHEST:
+        better = min((best, best - 1, best + 1), key=lambda k: mean_loss(at(case, k)))
+        if better == best:
+            return best
+        best = better
+    raise RuntimeError(f"{case.name}: no best learning rate was found")
+
+
+def row(case: Case) -> str:
+    """Return a row of a table."""
+    ours, k = at(case, None), tuned(case)
+    plain = at(case, k)
+    losses = [run[0] for run in ours]
+    learned = math.exp(fmean(math.log(run[2]) for run in ours))
+    points = fmean(run[1] for run in ours) - fmean(run[1] for run in plain)
+    cells = [
+        case.name,
+        f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+        f"{learned:.2g}",
+        f"{mean_loss(plain):.3f}",
+        f"{10 ** (k / 2):.2g}",
+        f"{fmean(run[1] for run in ours):.1f} ({points:+.1f})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the tables, or write them into a page."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
+    arguments.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS), metavar="TOPIC")
+    options = arguments.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    head = "loss, mechanized", "learned lr", "loss, plain tuned", "its lr", "accuracy, % (against tuned)"
+    made = {}
+    for topic in options.topics:
+        title = "batch" if topic == "accumulation" else topic.replace("warm up", "warm-up").replace("fine t", "fine-t")
+        rows = [row(case) for case in track(TOPICS[topic], topic)]
+        made[topic] = "\n".join([f"| {title} | {' | '.join(head)} |", "|---" * 6 + "|", *rows])
+    made["origin"] = (
+        f"<sub>Perceptron, Fashion-MNIST, {STEPS} steps, means over {len(SEEDS)} seeds (smallest to largest); "
+        f"`python -m benchmarks.recipes --fill docs/recipes.md`, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.machine()}, one thread.</sub>"
+    )
+    if options.fill is None:
+        print("\n\n".join(made.values()))
+        return
+
+    def filled(mark: re.Match[str]) -> str:
+        return f"{mark[1]}{made[mark['name']]}\n" if mark["name"] in made else mark[0]
+
+    text = options.fill.read_text(encoding="utf-8")
+    options.fill.write_text(MARK.sub(filled, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The documentation as a site: `mkdocs build --strict` finds wrong links, anchors and pages that are not in the nav."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mechanic_pytorch
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+UNLISTED = {"Mechanic.mechanic_config", "Mechanic.found_inf"}  # how it is made, not what it does
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return target
+
+
+def test_search_finds_every_page(site):
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    found = {entry["location"].partition("#")[0].strip("/") for entry in index["docs"]}
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")}
+    assert found == pages - {"index"} | {""}
+
+
+def test_a_page_loads_nothing_from_elsewhere(site):
+    """It can be read offline, and tells nobody who reads it. Links to elsewhere load nothing."""
+    of_page = re.compile(r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref)=[\"']?([^\"'\s>]+)")
+    of_style = re.compile(r"url\([\"']?([^)\"']+)")
+    urls = {url for page in site.rglob("*.html") for url in of_page.findall(page.read_text(encoding="utf-8"))}
+    urls |= {url for style in site.rglob("*.css") for url in of_style.findall(style.read_text(encoding="utf-8"))}
+    assert any(url.endswith(".css") for url in urls)
+    assert [url for url in urls if re.match(r"(?:[a-z]+:)?//", url)] == []
+
+
+def test_the_api_page_has_every_public_name(site):
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    named = {*mechanic_pytorch.__all__, "telemetry.read_out", "telemetry.ReadOut", "telemetry.Trace"}
+    named |= {f"Mechanic.{name}" for name in vars(mechanic_pytorch.Mechanic) if name[0] != "_"} - UNLISTED
+    for name in named:
+        assert f'id="mechanic_pytorch.{name}"' in page, name
