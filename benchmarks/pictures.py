@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -95,8 +96,14 @@ def main() -> None:
     tuned = min((10 ** (k / 2) for k in range(-8, 1)), key=lambda lr: train(adamw, lr)[0])
     runs = {'s_init="auto"': train(auto, 1.0)[1], "defaults": train(default, 1.0)[1]}
     OUTPUT.mkdir(exist_ok=True)
-    learning_rates(runs, tuned).savefig(OUTPUT / "learning-rates.png")
-    copies(runs["defaults"], default.mechanic_config.betas).savefig(OUTPUT / "copies.png")
+    figures = {
+        "learning-rates": learning_rates(runs, tuned),
+        "copies": copies(runs["defaults"], default.mechanic_config.betas),
+    }
+    for name, figure in figures.items():
+        file = OUTPUT / f"{name}.png"
+        figure.savefig(file)
+        Image.open(file).quantize(64).save(file, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":
