@@ -9,11 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from matplotlib import image
@@ -21,6 +23,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from forks import Python
 from mechanic_pytorch import _report, _run, mechanize, patched
 from mechanic_pytorch.__main__ import main
 from problems import mlp, train
@@ -66,6 +69,25 @@ def python(*arguments, check=None, **options):
     return done
 
 
+@pytest.fixture(scope="session")
+def forks():
+    python = Python()
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def run(forks, tmp_path):
+    """Return a function that does what `python` does, in a fork of a Python that has imported torch."""
+
+    def run(*arguments, check=0, **options):
+        done = forks.run(arguments, tmp_path, **options)
+        assert check is None or done.returncode == check, done.stdout + done.stderr
+        return done
+
+    return run
+
+
 @pytest.fixture
 def script(tmp_path):
     """Return a function that writes a script and gives its path."""
@@ -96,11 +118,18 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_end_is_the_scripts_own_and_the_report_comes_first(script, end):
+def test_the_end_is_the_scripts_own_and_the_report_comes_first(script, run, end):
     code, status = ENDS[end]
     path = script(TRAINING + code + "\n")
-    plain = python(path, check=status)
-    ours = python(*COMMAND, path, check=plain.returncode)
+    if end == "interrupt":  # what is loaded may change the status
+        plain = python(path, check=status)
+        ours = python(*COMMAND, path, check=plain.returncode)
+    else:  # how Python ends does not depend on torch, which takes seconds to import
+        without_torch = script(
+            "import sys, unittest.mock\nsys.modules['torch'] = unittest.mock.MagicMock()", "no/torch.py"
+        )
+        plain = python(path, check=status, env={**os.environ, "PYTHONPATH": str(without_torch.parent)})
+        ours = run(*COMMAND, path, check=plain.returncode)
     assert ours.stdout == plain.stdout
     assert ours.stderr.endswith(plain.stderr), "the traceback, as it is without us"
     report = ours.stderr.removesuffix(plain.stderr)
@@ -121,6 +150,8 @@ def interrupted(*arguments, again_at=None):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "trained\n"
+        while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:  # it may not have left that line yet
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         seen = ""
         for line in process.stderr if again_at is not None else ():
@@ -177,9 +208,9 @@ def test_the_report_comes_after_what_the_script_has_printed_where_both_go_to_one
     assert max(map(len, lines)) <= 80
 
 
-def test_a_forked_process_that_ends_like_the_script_does_not_report(script):
+def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run):
     path = script(TRAINING + "if os.fork() == 0: sys.exit()\nos.wait()\n")
-    assert len(ADVICE.findall(python(*COMMAND, path, check=0).stderr)) == 1
+    assert len(ADVICE.findall(run(*COMMAND, path).stderr)) == 1
 
 
 def test_on_a_terminal_the_report_begins_a_new_line_and_fits_into_it():
@@ -260,13 +291,13 @@ def mnist(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts_that_know_nothing_of_it_learn_at_a_useless_learning_rate(path, mnist):
+def test_scripts_that_know_nothing_of_it_learn_at_a_useless_learning_rate(path, mnist, run):
     assert "mechanic" not in path.read_text(encoding="utf-8").lower()
 
     data = ["--data", mnist] if path.stem == "mnist_cnn" else []
 
     def last_loss(*arguments):
-        done = python(*arguments, *data, "--epochs", "4", check=0, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = run(*arguments, *data, "--epochs", "4")
         assert arguments[0] == path or ADVICE.search(done.stderr)
         return float(re.findall(r"loss (\S+)", done.stdout)[-1])
 
@@ -277,7 +308,7 @@ def test_scripts_that_know_nothing_of_it_learn_at_a_useless_learning_rate(path, 
     assert max(learned) < 1.05 * tuned
 
 
-def test_options_reach_the_tuner(script):
+def test_options_reach_the_tuner(script, run):
     path = script(
         "import torch\n"
         "p = [torch.zeros(3, requires_grad=True)]\n"
@@ -287,7 +318,7 @@ def test_options_reach_the_tuner(script):
         "    config = c and (*config, c.max_lr, c.per_group)\n"
         "    print(type(o).__name__, config, o.param_groups[0]['lr'])\n"
     )
-    done = python(*COMMAND, path, check=0)
+    done = run(*COMMAND, path)
     config = "('auto', 0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-08, True, 0, None, False)"
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 0.5",
@@ -309,7 +340,7 @@ def test_options_reach_the_tuner(script):
         "--exclude",
         "torch.optim.Adam",
     ]
-    done = python(*COMMAND, *options, path, check=0)
+    done = run(*COMMAND, *options, path)
     config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 2, 3.0, True)"
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 2.0",
@@ -319,34 +350,34 @@ def test_options_reach_the_tuner(script):
     assert "mechanic: Adam was left as it is: it was excluded" in done.stderr
 
 
-def test_optimizers_of_others_are_reported_and_may_be_named(script):
+def test_optimizers_of_others_are_reported_and_may_be_named(script, run):
     path = script(
         TRAINING.replace("optimizer = torch.optim.AdamW", "class Mine(torch.optim.AdamW): pass\noptimizer = Mine")
     )
-    done = python(*COMMAND, path, check=0)
+    done = run(*COMMAND, path)
     reason = "it is not one of torch.optim; include __main__.Mine to mechanize it, unless it wraps another optimizer"
     assert done.stderr.splitlines() == [NOTHING, f"mechanic: Mine was left as it is: {reason}"]
-    done = python(*COMMAND, "--optimizer", "__main__.Mine", "--log-every", "10", path, check=0)
+    done = run(*COMMAND, "--optimizer", "__main__.Mine", "--log-every", "10", path)
     assert ADVICE.findall(done.stderr)[0][0] == "Mine"
     assert re.findall(r"^mechanic: step (\d+): scale \d", done.stderr, re.MULTILINE) == ["10", "20"]
 
 
-def test_a_scale_per_group_is_printed_and_reported_per_group(script):
+def test_a_scale_per_group_is_printed_and_reported_per_group(script, run):
     path = script(
         TRAINING.replace(
             "optimizer = torch.optim.AdamW(model.parameters()",
             "optimizer = torch.optim.AdamW([{'params': [p]} for p in model.parameters()]",
         )
     )
-    done = python(*COMMAND, "--per-group", "--log-every", "20", path)
+    done = run(*COMMAND, "--per-group", "--log-every", "20", path)
     ((_, scales),) = re.findall(r"^mechanic: step (20): scale (.+)$", done.stderr, re.MULTILINE)
     a, b = map(float, scales.split(", "))
     assert a != b
     assert re.search(r"use AdamW with lr=\S+ in group 0, lr=\S+ in group 1$", done.stderr, re.MULTILINE)
 
 
-def test_a_script_without_an_optimizer_is_said_to_have_none(script):
-    done = python(*COMMAND, script("print('hello')\n"), check=0)
+def test_a_script_without_an_optimizer_is_said_to_have_none(script, run):
+    done = run(*COMMAND, script("print('hello')\n"))
     assert (done.stdout, done.stderr) == ("hello\n", f"{NOTHING}\n")
 
 
@@ -497,7 +528,7 @@ def test_it_says_why_nothing_was_learned():
 # --- the report in a directory ----------------------------------------------------------------------------------------
 
 
-def test_the_report_holds_what_was_learned_and_how(script, tmp_path):
+def test_the_report_holds_what_was_learned_and_how(script, tmp_path, run):
     path = script(
         TRAINING
         + "groups = [{'params': [model.weight]}, {'params': [model.bias], 'lr': 0.05}]\n"
@@ -508,7 +539,7 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path):
         + "torch.optim.LBFGS(model.parameters())\n"
         + "os.chdir('/')\nsys.exit(4)\n"
     )
-    done = python(*COMMAND, "--report", "out/1", path, "--x", check=4, cwd=tmp_path)
+    done = run(*COMMAND, "--report", "out/1", path, "--x", check=4, cwd=tmp_path)
     out = tmp_path / "out" / "1"
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["command"] == [str(path), "--x"]
@@ -543,9 +574,9 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path):
     assert f"mechanic: report in {out}" in done.stderr.splitlines()
 
 
-def test_a_report_that_cannot_be_written_changes_nothing(script, tmp_path):
+def test_a_report_that_cannot_be_written_changes_nothing(script, tmp_path, run):
     path = script(TRAINING + "import shutil; shutil.rmtree('out')\nsys.exit(5)\n")
-    done = python(*COMMAND, "--report", "out", path, check=5, cwd=tmp_path)
+    done = run(*COMMAND, "--report", "out", path, check=5, cwd=tmp_path)
     assert "mechanic: the report could not be finished. Got FileNotFoundError" in done.stderr
     assert ADVICE.search(done.stderr)
 

@@ -1,0 +1,81 @@
+"""Run `python -m module` or `python script.py` in a fork of a Python that has imported torch, which takes seconds.
+
+`Python` starts that Python, this file, once, and asks it for one fork after another. Each runs by the call that the
+interpreter itself makes for -m, and ends as the interpreter ends; none of our modules is imported before it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+
+class Python:
+    """A Python with warnings as errors, and one thread."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        self._server = subprocess.Popen([sys.executable, "-W", "error", __file__], env=environment, **pipes)
+
+    def run(self, arguments, directory, cwd=None):
+        """Return what subprocess.run returns; the output passes through two files in the directory."""
+        out, err = (str(directory / name) for name in ("stdout of the fork", "stderr of the fork"))
+        request = {"arguments": [*map(str, arguments)], "cwd": str(cwd or os.getcwd()), "out": out, "err": err}
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        status = os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
+        texts = []
+        for path in (out, err):
+            with open(path, encoding="utf-8") as file:
+                texts.append(file.read())
+        return subprocess.CompletedProcess(arguments, status, *texts)
+
+    def close(self):
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+
+def next_request():
+    """Return a request, in a fork; the process itself answers with its status and ends when there is no other."""
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            return json.loads(line)
+        print(os.waitpid(pid, 0)[1], flush=True)
+    sys.exit()
+
+
+def redirect(out, err):
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC),
+        (2, err, os.O_CREAT | os.O_WRONLY | os.O_TRUNC),
+    ):
+        file = os.open(path, flags)
+        os.dup2(file, number)
+        os.close(file)
+
+
+if __name__ == "__main__":
+    import runpy
+    import warnings
+
+    import click  # noqa: F401
+    import rich.console
+    import rich.table  # noqa: F401
+    import torch._dynamo  # noqa: F401  (which the first optimizer imports)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a process of more than one thread forks
+        request = next_request()
+    redirect(request["out"], request["err"])
+    os.chdir(request["cwd"])
+    first, *sys.argv = request["arguments"]
+    if first == "-m":
+        sys.path[0] = os.getcwd()
+        runpy._run_module_as_main(sys.argv[0])
+    else:
+        sys.path[0] = os.path.dirname(first)
+        sys.argv = [first, *sys.argv]
+        runpy.run_path(first, run_name="__main__")
