@@ -241,6 +241,7 @@ def trainer(directory, first):
 def deepspeed_engine(stage, named=True, bf16=False):
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference; it would be compiled for a minute
     deepspeed.init_distributed("gloo")
     config = {
         "train_batch_size": 2 * SHARE,
