@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from benchmarks.convergence import data
+from benchmarks.convergence.fill import between_marks
+from benchmarks.convergence.report import markdown_table
 from benchmarks.convergence.tasks import EVALUATION, Standardise, batches, mlp
 from rich.progress import track
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from mechanic_pytorch import is_mechanized, mechanize
 SEEDS, STEPS, BATCH = range(3), 400, 64
 CENTRE = {"AdamW": -5, "SGD": -2}  # of the grid, in half decades; from there it goes downhill
 FURTHEST = 12
-MARK = re.compile(r"(<!-- recipes: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 # From the part of the run that is behind, to a factor of lr.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -214,14 +214,14 @@ def tuned(case: Case) -> int:
     raise RuntimeError(f"{case.name}: no best learning rate was found")
 
 
-def row(case: Case) -> str:
+def row(case: Case) -> list[str]:
     """Return a row of a table."""
     ours, k = at(case, None), tuned(case)
     plain = at(case, k)
     losses = [run[0] for run in ours]
     learned = math.exp(fmean(math.log(run[2]) for run in ours))
     points = fmean(run[1] for run in ours) - fmean(run[1] for run in plain)
-    cells = [
+    return [
         case.name,
         f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
         f"{learned:.2g}",
@@ -229,7 +229,6 @@ def row(case: Case) -> str:
         f"{10 ** (k / 2):.2g}",
         f"{fmean(run[1] for run in ours):.1f} ({points:+.1f})",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -244,8 +243,7 @@ def main() -> None:
     made = {}
     for topic in options.topics:
         title = "batch" if topic == "accumulation" else topic.replace("warm up", "warm-up").replace("fine t", "fine-t")
-        rows = [row(case) for case in track(TOPICS[topic], topic)]
-        made[topic] = "\n".join([f"| {title} | {' | '.join(head)} |", "|---" * 6 + "|", *rows])
+        made[topic] = markdown_table([title, *head], [row(case) for case in track(TOPICS[topic], topic)])
     made["origin"] = (
         f"<sub>Perceptron, Fashion-MNIST, {STEPS} steps, means over {len(SEEDS)} seeds (smallest to largest); "
         f"`python -m benchmarks.recipes --fill docs/recipes.md`, torch {torch.__version__}, Python "
@@ -255,11 +253,8 @@ def main() -> None:
         print("\n\n".join(made.values()))
         return
 
-    def filled(mark: re.Match[str]) -> str:
-        return f"{mark[1]}{made[mark['name']]}\n" if mark["name"] in made else mark[0]
-
     text = options.fill.read_text(encoding="utf-8")
-    options.fill.write_text(MARK.sub(filled, text), encoding="utf-8")
+    options.fill.write_text(between_marks(text, "recipes", made.get), encoding="utf-8")
 
 
 if __name__ == "__main__":

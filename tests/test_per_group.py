@@ -368,8 +368,7 @@ def test_frozen_groups_keep_a_scale_each():
     twin = copy.deepcopy(model)
     plain = torch.optim.AdamW([{"params": p, "lr": rate} for p, rate in zip(layers(twin), rates, strict=True)])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        plain.state[q] = {key: copy.copy(value) for key, value in optimizer.state[p].items() if "mechanic" not in key}
-        plain.state[q] = copy.deepcopy(plain.state[q])
+        plain.state[q] = copy.deepcopy({k: v for k, v in optimizer.state[p].items() if "mechanic" not in k})
     train(model, optimizer, 10, first=20)
     train(twin, plain, 10, first=20)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

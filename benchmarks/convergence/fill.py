@@ -20,7 +20,6 @@ GROUPINGS_SAID = {
     "part": "each part",
     "kind": "matrices, and vectors",
 }
-MARK = re.compile(r"(<!-- convergence: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, tables: Sequence[TaskResults], lines: Sequence[dict[str, Any]]) -> str:
@@ -30,14 +29,25 @@ def fill(text: str, tables: Sequence[TaskResults], lines: Sequence[dict[str, Any
         ValueError: a mark names no table.
     """
 
-    def made(match: re.Match[str]) -> str:
-        name = match["name"]
+    def table(name: str) -> str:
         if name not in TABLES:
             raise ValueError(f"no table is called {name!r}. Known: {', '.join(TABLES)}")
-        own = compose(lines, PROFILES[name])[1] if name in PROFILES else tables
-        return f"{match[1]}{TABLES[name](own)}\n"
+        return TABLES[name](compose(lines, PROFILES[name])[1] if name in PROFILES else tables)
 
-    return MARK.sub(made, text)
+    return between_marks(text, "convergence", table)
+
+
+def between_marks(text: str, program: str, make: Callable[[str], str | None]) -> str:
+    """Return a Markdown text in which `make(NAME)` stands between each mark of a program and its end.
+
+    What is there stays where that is None. The marks are `<!-- PROGRAM: NAME -->` and `<!-- end -->`.
+    """
+
+    def made(mark: re.Match[str]) -> str:
+        new = make(mark["name"])
+        return mark[0] if new is None else f"{mark[1]}{new}\n"
+
+    return re.sub(rf"(<!-- {program}: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", made, text, flags=re.DOTALL)
 
 
 def overview(tables: Sequence[TaskResults]) -> str:
