@@ -50,17 +50,18 @@ class AutoOracle:
     """`s_init="auto"`: Algorithm 1 on c * delta, with a relative s_init, eps in units of |g| |x|, and losses halved.
 
     The units are really changed here: what the tuner remembers is rescaled whenever c is. Decay is counted in the
-    longest |x| so far.
+    longest |x| so far. All updates are kept, and delta is added up anew with their weights.
     """
 
     def __init__(self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), eps=1e-8):
-        self.x_ref = [np.array(xi, dtype=np.float64) for xi in x]
-        self.x = [xi.copy() for xi in self.x_ref]
-        self.delta = [np.zeros_like(xi) for xi in self.x_ref]
+        self.x = [np.array(xi, dtype=np.float64) for xi in x]
+        self.delta = [np.zeros_like(xi) for xi in self.x]
+        self.updates, self.weights = [], []
+        self.largest, self.is_found = 0.0, False
         self.base, self.s_decay, self.eps, self.s_init = base, s_decay, eps, 1e-3
         self.beta = np.array(betas, dtype=np.float64)
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
-        self.c, self.highest_lr, self.longest = None, 0.0, 1.0
+        self.c, self.highest_lr, self.longest, self.scale = None, 0.0, 1.0, 0.0
 
     def step(self, g, lr):
         g_norm = np.sqrt(sum(np.sum(gi**2) for gi in g))
@@ -86,9 +87,17 @@ class AutoOracle:
             self.r = np.maximum(0, self.beta * self.r - np.where(loss > 0, loss / 2, loss))
             wealth = self.s_init / len(self.beta) * self.m + self.r
             self.s = wealth / (np.sqrt(self.v) + self.eps * self.eps_unit)
-        self.delta = [di + ui for di, ui in zip(self.delta, self.base(self.x, g), strict=True)]
-        if self.c is not None:
-            self.x = [xi + self.s.sum() * self.c * di for xi, di in zip(self.x_ref, self.delta, strict=True)]
+        scale = 0.0 if self.c is None else self.s.sum() * self.c
+        if not self.is_found and scale > self.largest:  # an update weighs as much as the scale was large
+            self.weights = [w * self.largest / scale for w in self.weights]
+        self.largest = max(self.largest, scale)
+        self.is_found |= scale < 0.75 * self.largest
+        self.updates.append(self.base(self.x, g))
+        self.weights.append(1.0)
+        self.x = [xi - self.scale * di for xi, di in zip(self.x, self.delta, strict=True)]
+        self.delta = [np.tensordot(self.weights, np.stack(us), 1) for us in zip(*self.updates, strict=True)]
+        self.x = [xi + scale * di for xi, di in zip(self.x, self.delta, strict=True)]
+        self.scale = scale
 
 
 def sgd(lr, momentum=0.0, weight_decay=0.0):

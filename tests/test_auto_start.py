@@ -80,14 +80,53 @@ def test_float64_runs_at_any_lr_are_the_same(name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_float32_runs_end_alike(name):
+def test_float32_runs_at_any_lr_are_the_same(name):
+    """Not only alike, for what chaos makes of another rounding is another run."""
     losses = []
-    for lr in [1e-6, 1e-3, 1.0, 1e3, 1e6]:
+    for lr in [1e-6, 1e-3, 0.3, 1.0, 7.0, 1e6]:
         model = mlp()
         optimizer = auto(name, model.parameters(), lr)
         train(model, optimizer, 300, scheduler=LambdaLR(optimizer, lambda t: 1 - t / 300))
         losses.append(full_loss(model))
-    assert max(losses) < 1.02 * min(losses)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SGD", "momentum"])
+@pytest.mark.parametrize("schedule", WARM_UP)
+def test_a_search_makes_plain_steps_until_the_scale_falls(name, schedule):
+    """As long as it rises, x moves by S * u; then delta sums up, as in Algorithm 1. Always, x = x_1 + S * delta."""
+    model, twin = mlp(torch.float64), mlp(torch.float64)
+    base, options = BASES[name]
+    optimizer, plain = auto(name, model.parameters()), base(twin.parameters(), lr=1.0, **options)
+    start = [p.detach().clone() for p in model.parameters()]
+    scales, rising = [0.0], True
+    for t in range(60):
+        before, deltas = [p.detach().clone() for p in model.parameters()], sums(model, optimizer)
+        plain.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = WARM_UP[schedule](t)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                q.copy_(p)
+        train(model, optimizer, 1, first=t)
+        train(twin, plain, 1, first=t)
+        scale = float(optimizer.scale)
+        keep = max(scales) / scale if rising and scale > max(scales) else 1.0
+        scales.append(scale)
+        rising &= scale >= 0.75 * max(scales)
+        updates = [q.detach() - x for q, x in zip(twin.parameters(), before, strict=True)]
+        expected = [keep * d + u for d, u in zip(deltas, updates, strict=True)]
+        torch.testing.assert_close(sums(model, optimizer), expected, rtol=1e-9, atol=1e-12)
+        if keep < 1.0 and scales[-2] == max(scales[:-1]):
+            moved = [p.detach() - x for p, x in zip(model.parameters(), before, strict=True)]
+            torch.testing.assert_close(moved, [scale * u for u in updates], rtol=1e-9, atol=1e-12)
+        way = [p.detach() - x for p, x in zip(model.parameters(), start, strict=True)]
+        torch.testing.assert_close(way, [scale * d for d in sums(model, optimizer)], rtol=1e-9, atol=1e-12)
+    assert not rising, "the search must come to its end"
+    assert max(scales) > 20 * scales[2], "and the scale must have grown before"
+
+
+def sums(model, optimizer):
+    zero = torch.zeros((), dtype=torch.float64)
+    return [optimizer.state[p].get("mechanic_delta", zero).expand_as(p).clone() for p in model.parameters()]
 
 
 def scale_after(model, optimizer, steps=150, **options):
@@ -253,7 +292,7 @@ def test_once_begun_it_costs_nothing():
             optimizer.step()
     assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
     small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
-    assert small["measure"] < 25  # operations on three numbers
+    assert small["measure"] < 35  # operations on six numbers
     assert counts["auto"].count["dot"] == counts[1e-8].count["dot"]
 
 
@@ -267,7 +306,7 @@ def test_no_lr_is_lost_in_rounding_or_overflows(dtype, lr):
 
 
 def test_the_lr_that_the_user_sees_is_the_users():
-    """A factor of 2 ** 10 while the base steps; after it, and after an error, the very objects that were there."""
+    """A factor of 1000 while the base steps; after it, and after an error, the very objects that were there."""
     seen, lr = [], torch.tensor(1e-3)
 
     class Watched(torch.optim.SGD):
@@ -288,7 +327,7 @@ def test_the_lr_that_the_user_sees_is_the_users():
         train(model, optimizer, 1, first=2)
     assert [group["lr"] for group in optimizer.param_groups] == [lr, 5e-4]
     assert optimizer.param_groups[0]["lr"] is lr
-    assert seen == [pytest.approx([1.024, 0.512])] * 3
+    assert seen == [pytest.approx([1.0, 0.5])] * 3
 
 
 def test_the_factor_does_not_change_on_the_way():
@@ -298,7 +337,7 @@ def test_the_factor_does_not_change_on_the_way():
     schedule = LambdaLR(optimizer, lambda t: min(1.0, t / 5))
     train(model, optimizer, 10, scheduler=schedule)
     factor = optimizer.param_groups[0]["mechanic_lr_factor"]
-    assert factor == 2.0**10
+    assert factor == 1000.0
     optimizer.param_groups[0]["lr"] = 1.0
     other = auto("SGD", mlp().parameters(), 1.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -321,4 +360,4 @@ def test_a_base_that_sets_its_own_lr_keeps_what_it_set():
     model = mlp()
     optimizer = mechanize(Halving, s_init="auto")(model.parameters(), lr=1e-3)
     train(model, optimizer, 3)
-    assert optimizer.param_groups[0]["lr"] == 1e-3 / 8
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 8, rel=1e-15)

@@ -87,10 +87,11 @@ def assert_close(ones, others, dtype):
             torch.testing.assert_close(a[key], b[key], **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("s_init", [1e-3, "auto"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_one_pass_equals_step_and_move(name, dtype):
-    params, optimizer = build(name, dtype, s_init=1e-3)
-    others, other = build(name, dtype, s_init=1e-3)
+def test_one_pass_equals_step_and_move(name, dtype, s_init):
+    params, optimizer = build(name, dtype, s_init=s_init)
+    others, other = build(name, dtype, s_init=s_init)
     count = train(params, optimizer, 12)
     assert count["empty_like"] < train(others, other, 12, one_pass=False)["empty_like"]
     assert optimizer.scale > 1e-3

@@ -85,15 +85,17 @@ def test_measure_equals_the_reference(name, dtype, device):
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype]["rtol"], atol=norm * TOLERANCE[dtype]["atol"])
 
 
+@pytest.mark.parametrize("keep", [None, 0.6])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OTHERS)
-def test_move_equals_the_reference(name, dtype, device):
+def test_move_equals_the_reference(name, dtype, device, keep):
     results = []
     for kernel in (kernels.KERNELS[name], kernels.KERNELS["for_loop"]):
         params, before, _, deltas, compensations = problem(dtype, device)
         copies = [b.clone() for b in before]
-        scales = (torch.tensor(s, dtype=deltas[0].dtype, device=device) for s in (0.3, 0.5))
+        numbers = (0.3, 0.5) if keep is None else (0.3, 0.5, keep)
+        scales = (torch.tensor(s, dtype=deltas[0].dtype, device=device) for s in numbers)
         kernel.move(params, before, deltas, compensations, *scales)
         assert all(torch.equal(b, c) for b, c in zip(before, copies, strict=True)), "`before` must not change"
         results.append((params, deltas, compensations))
@@ -131,13 +133,16 @@ def test_one_tensor_at_a_time_is_the_same(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", kernels.KERNELS)
-def test_move_is_the_formula_of_the_paper(name, dtype):
-    """With x = x_ref + old * delta before, x = x_ref + new * (delta + update) after."""
+@pytest.mark.parametrize("keep", [None, 0.6])
+def test_move_is_the_formula_of_the_paper(name, dtype, keep):
+    """With x = x_ref + old * delta before, x = x_ref + new * (delta + update) after; or with keep * delta + update."""
     params, before, _, deltas, _ = problem(dtype, "cpu")
     old, new = torch.tensor(0.3, dtype=dtype), torch.tensor(0.5, dtype=dtype)
     x_ref = [b.double() - old.double() * d.double() for b, d in zip(before, deltas, strict=True)]
-    delta = [d.double() + (x.double() - b.double()) for x, b, d in zip(params, before, deltas, strict=True)]
-    kernels.KERNELS[name].move(params, before, deltas, None, old, new)
+    kept = [d.double() * (1.0 if keep is None else keep) for d in deltas]
+    delta = [d + (x.double() - b.double()) for x, b, d in zip(params, before, kept, strict=True)]
+    keep = None if keep is None else torch.tensor(keep, dtype=dtype)
+    kernels.KERNELS[name].move(params, before, deltas, None, old, new, keep)
     assert_all_close([d.double() for d in deltas], delta, dtype)
     assert_all_close(
         [p.double() for p in params], [r + new.double() * d for r, d in zip(x_ref, delta, strict=True)], dtype

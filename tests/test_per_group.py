@@ -87,7 +87,7 @@ def test_it_equals_one_optimizer_per_group(name, s_init, kernel, monkeypatch):
     assert_same(model, optimizer, twin, others, rtol=1e-8, atol=1e-12)
     assert full_loss(model) < 2.2
     a, b = optimizer.effective_lr()
-    assert max(a / b, b / a) > 1.5, "the groups must have something to disagree about"
+    assert max(a / b, b / a) > 1.2, "the groups must have something to disagree about"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_ratio_of_the_learning_rates_says_nothing():
         model = mlp(torch.float64)
         optimizer = one_optimizer(model, torch.optim.AdamW, lrs, {"weight_decay": 0.0}, s_init="auto")
         losses.append(train(model, optimizer, 60))
-        assert optimizer.param_groups[0]["mechanic_lr_factor"] == 2.0 ** round(-np.log2(lrs[0]))
+        assert optimizer.param_groups[0]["mechanic_lr_factor"] == 1 / lrs[0]
     # eps of AdamW is no part of the update's unit, and the first losses are those of the same weights.
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

@@ -1,5 +1,6 @@
 """The Triton kernel: compiled where there is a GPU, elsewhere through Triton's interpreter."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def launches(monkeypatch):
 
 
 def contract():
-    """Yield tests of all kernels, with each dtype they are about."""
+    """Yield tests of all kernels, with each of the arguments they are about."""
     for test in (
         test_kernels.test_measure_equals_the_reference,
         test_kernels.test_move_equals_the_reference,
@@ -76,13 +77,13 @@ def contract():
         test_kernels.test_a_weight_that_does_not_move_keeps_its_compensation_to_the_bit,
     ):
         parameters = dict(mark.args for mark in test.pytestmark)
-        for dtype in parameters.get("dtype", [None]):
-            yield pytest.param(test, dtype, id=f"{test.__name__.removeprefix('test_')}-{dtype}")
+        for dtype, keep in itertools.product(parameters.get("dtype", [None]), parameters.get("keep", [None])):
+            yield pytest.param(test, dtype, keep, id=f"{test.__name__.removeprefix('test_')}-{dtype}-{keep}")
 
 
-@pytest.mark.parametrize(("test", "dtype"), list(contract()))
-def test_contract(test, dtype, monkeypatch):
-    arguments = {"name": "triton", "dtype": dtype, "device": DEVICE}
+@pytest.mark.parametrize(("test", "dtype", "keep"), list(contract()))
+def test_contract(test, dtype, keep, monkeypatch):
+    arguments = {"name": "triton", "dtype": dtype, "keep": keep, "device": DEVICE}
     names = test.__code__.co_varnames[: test.__code__.co_argcount]
     monkeypatch.setattr(test_kernels, "problem", lambda dtype, _: problem(dtype, DEVICE))
     with torch.device(DEVICE):
@@ -162,19 +163,19 @@ def step_problem(name, dtype, grad_scale=None, found_inf=None):
     return rule, random(dtype), random(dtype), random(wide), compensations
 
 
-def expected_step(rule, params, grads, deltas, compensations, old_scale, new_scale):
+def expected_step(rule, params, grads, deltas, compensations, *numbers):
     before = [x.clone() for x in params]
     rule.apply(params, grads, rule.states, range(len(params)))
-    for_loop.move(params, before, deltas, compensations, old_scale, new_scale)
+    for_loop.move(params, before, deltas, compensations, *numbers)
 
 
 def tensors_of(rule, params, grads, deltas, compensations):
     return [*params, *grads, *deltas, *(compensations or []), *(t for state in rule.states for t in state), *rule.steps]
 
 
-def scales(dtype, old=0.2, new=0.5):
+def scales(dtype, *numbers):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return [torch.tensor(s, dtype=wide, device=DEVICE) for s in (old, new)]
+    return [torch.tensor(s, dtype=wide, device=DEVICE) for s in numbers or (0.2, 0.5)]
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
@@ -191,7 +192,7 @@ def test_step_and_move_is_the_bases_step_and_move(name, dtype, scaled):
                 torch._foreach_add_(ours[0].steps, 1)
             for g in ours[2]:
                 g.add_(0.1 * t)
-            step(*ours, *scales(dtype, 0.1 * t, 0.1 * t + 0.1))
+            step(*ours, *scales(dtype, 0.1 * t, 0.1 * t + 0.1, *([0.7] if t == 1 else [])))
         results.append(tensors_of(*ours))
     assert_all_close(*results, dtype)
     if not scaled:
@@ -206,7 +207,7 @@ def test_step_and_move_in_less_than_32_bits(name, dtype):
     results = []
     for step in (kernel.step_and_move, expected_step):
         ours = step_problem(name, dtype)
-        step(*ours, *scales(dtype))
+        step(*ours, *scales(dtype, 0.2, 0.5, 0.6))
         results.append([t.float().flatten() for t in tensors_of(*ours)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=2**-6, atol=2**-6)
@@ -417,7 +418,7 @@ t.kernel._measure, t.kernel._step = map(Compiler, (t.kernel._measure, t.kernel._
 texts = []
 for name, dtype in [("sgd", torch.bfloat16), ("sgd_nesterov", torch.float64), ("adamw_amsgrad", torch.float32)]:
     rule, params, grads, deltas, compensations = t.step_problem(name, dtype, torch.ones(()), torch.ones(()))
-    scales = t.scales(dtype)
+    scales = t.scales(dtype, 0.2, 0.5, *([0.6] if dtype is torch.float32 else []))
     t.kernel.measure(params, grads, deltas, params)
     t.kernel.move(params, grads, deltas, compensations, *scales)
     t.kernel.step_and_move(rule, params, grads, deltas, compensations, *scales)

@@ -55,7 +55,7 @@ def step_and_move(
     optimizer: Optimizer,
     buckets: Sequence[Bucket],
     rules: Sequence[Rule],
-    scales: tuple[Tensor, Tensor],
+    scales: Sequence[Tensor],
     skip: Tensor,
 ) -> None:
     """Make the base's step and rescale it, for all buckets; where `skip` holds, change nothing.
@@ -64,7 +64,7 @@ def step_and_move(
         optimizer: whose `grad_scale` the gradients still hold, if a `GradScaler` has left one there.
         buckets: the buckets.
         rules: what `rules_of` returned for them.
-        scales: those of the last step and of this one, one per tuner.
+        scales: what kernels take after the compensations, one per tuner.
         skip: whether to change nothing, shape ().
     """
     grad_scale = getattr(optimizer, "grad_scale", None)

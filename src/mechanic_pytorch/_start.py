@@ -1,4 +1,4 @@
-r"""`s_init="auto"`: a start that knows no units, and a tuner that looks less at the moment.
+r"""`s_init="auto"`: a start that knows no units, a search that leaves nothing behind, losses that count less.
 
 Three options are numbers with a unit. `s_init` is a scale, so it is compared with x / delta; `eps` is compared with h,
 which is an update times a gradient; `s_decay` weighs x / delta against 1. Multiply all updates of the base by a
@@ -16,13 +16,24 @@ there, and taking its length for 1 all the way makes the learned scale up to fou
 first updates are small because lr is: |u| is that of the first update, rescaled to the largest lr so far.
 
 Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
-step therefore runs with every lr multiplied by one power of two, chosen before the first update such that the largest
-is near 1, and `scale` is given for the lr that the user sees. That is the run at another base lr, hence the same one.
+step therefore runs with every lr multiplied by one number, chosen before the first update such that the largest base lr
+becomes 1, and `scale` is given for the lr that the user sees. That is the run at lr 1, to the last bits of the lr: runs
+at other base lrs do not even round otherwise.
 
 x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
 not zero, there is no |u|, and no scale. With `per_group`, all of this is said of each parameter group by itself.
 
-The other difference from Algorithm 1 is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by
+The second difference from Algorithm 1 is how the scale is searched. It begins far too small and grows by some half a
+step, while the weights hardly move: the updates of that time are made at almost the same weights, are much alike, and
+weigh in the sum as much as any later one. A larger scale, which stretches all of the sum, is then too large for them
+long before it is for the next update. (A warm-up hides this, for it makes early updates small.) So as long as the
+scale grows, an update weighs what its scale could do: with S_k the scale of step k, delta = sum_k (S_k / S_t) * u_k.
+That is to multiply delta by S_{t-1} / S_t before u_t is added, and to move the weights by S_t * u_t alone: plain steps
+at a rising learning rate, as practitioners test one. Once the scale has fallen to three quarters of its largest, the
+search is over, and the sum is Algorithm 1's from there on. The tuner itself is Algorithm 1's throughout: the base that
+it scales has updates of growing weight at first.
+
+The third difference is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by
 the scale having been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take
 that noise out of the weights by itself later on; so the scale that pays best at each moment is too small for the end.
 A step that lost therefore counts half. How far this can go: the scale settles where gains are half of losses, which
@@ -48,6 +59,7 @@ from mechanic_pytorch._state import DELTA, LR_FACTOR, UNIT
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
 RELATIVE = 1e-3  # by how much of their length the first update moves the parameters
+FALL = 0.75  # of its largest, to which the scale has to fall for the search to be over
 PENALTY = 0.5  # what a step that lost counts, against one that gained
 
 
@@ -62,7 +74,7 @@ class Numbers(NamedTuple):
 
 
 def at_lr_near_one(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a step find every lr multiplied by one power of two."""
+    """Let a step find every lr multiplied by one number."""
 
     @functools.wraps(step)
     def run(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,12 +85,12 @@ def at_lr_near_one(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lr_factors(optimizer: Any) -> list[float]:
-    """Return the power of two by which the lr of each group is multiplied in a step, 1 without `s_init="auto"`."""
+    """Return the number by which the lr of each group is multiplied in a step, 1 without `s_init="auto"`."""
     if optimizer.mechanic_config.s_init == "auto" and not optimizer._start_is_known and can_ask_host():
         for home, groups in _state.tuners(optimizer):
             if not any(DELTA in optimizer.state.get(p, {}) for group in groups for p in group["params"]):
                 highest = max(lrs(groups, "initial_lr"))
-                home[LR_FACTOR] = 2.0 ** -round(math.log2(highest)) if 0 < highest < math.inf else 1.0
+                home[LR_FACTOR] = 1 / highest if 0 < highest < math.inf else 1.0
     factors = [float(home.get(LR_FACTOR, 1.0)) for home in _state.homes(optimizer)]
     return _state.for_each_group(optimizer, factors)
 
@@ -99,26 +111,43 @@ def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], 
     return unit, relative(config.betas, config.s_decay, config.eps, unit)
 
 
-def next_unit(unit: Tensor, dots: Tensor, delta_squared: Tensor | None, lr: float | Tensor) -> Tensor:
-    """Return what is remembered of the start, shape (..., 5): `[|u| / lr, |g|, |x_1|, |x|, lr]`; zeros while unknown.
+def search(unit: Tensor | None, old: Tensor, new: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Return what is remembered of the start, after this step, and the numbers by which a kernel moves.
 
     Args:
-        unit: that of the last step; its lr is the one by which delta came about.
+        unit: as `begin` returns it, shape (..., 6); None without `s_init="auto"`.
+        old: the scale of the last step, shape (...).
+        new: that of this step.
+    """
+    if unit is None:
+        return None, (old, new)
+    largest = unit[..., 5]
+    keep = torch.where(new > largest, largest / new, 1.0)
+    largest = torch.where(new < FALL * largest, math.inf, torch.maximum(largest, new))
+    return torch.cat([unit[..., :5], largest.unsqueeze(-1)], -1), (old, new, keep)
+
+
+def next_unit(unit: Tensor, dots: Tensor, delta_squared: Tensor | None, lr: float | Tensor) -> Tensor:
+    """Return what is remembered, shape (..., 6): `[|u| / lr, |g|, |x_1|, |x|, lr, S]`; zeros while unknown.
+
+    Args:
+        unit: that of the last step; its lr is the one by which delta came about, S the largest scale while it is
+            searched, infinite from then on.
         dots: the four sums, shape (..., 4).
         delta_squared: |delta|^2, shape (...), as long as |u| may be unknown; None afterwards.
         lr: the largest of this step's.
     """
-    first, longest, highest = unit[..., :3], unit[..., 3], unit[..., 4]
+    first, longest, highest, scale = unit[..., :3], unit[..., 3], unit[..., 4], unit[..., 5]
     x = dots[..., 3].sqrt().clamp_min(1.0)
     if delta_squared is not None:
         found = torch.stack([delta_squared.sqrt() / highest, dots[..., 2].sqrt(), x], -1)
         begins = (first[..., 0] == 0) & (found > 0).all(-1) & found.isfinite().all(-1)
         first = torch.where(begins.unsqueeze(-1), found, first)
-    return torch.cat([first, torch.stack([torch.maximum(longest, x), highest.clamp_min(lr)], -1)], -1)
+    return torch.cat([first, torch.stack([torch.maximum(longest, x), highest.clamp_min(lr), scale], -1)], -1)
 
 
 def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor) -> Numbers:
     """Return the options that apply to delta itself, shape (..., 1) each."""
-    pace, g, start, longest, highest = unit.unsqueeze(-1).unbind(-2)
+    pace, g, start, longest, highest, _ = unit.unsqueeze(-1).unbind(-2)
     u = torch.where(pace > 0, pace * highest, 1.0)
     return Numbers(betas, s_decay * u / longest, RELATIVE * start / u, eps * g * u, PENALTY)

@@ -242,7 +242,7 @@ class Mechanic(Optimizer):
         new = TunerState(*(torch.where(left_out.unsqueeze(-1), a, b) for a, b in zip(old, new, strict=True)))
 
         # Base step and move.
-        scales = old.scales.sum(-1), new.scales.sum(-1)
+        unit, scales = _start.search(unit, old.scales.sum(-1), new.scales.sum(-1))
         if rules is not None:
             _fused.step_and_move(self, buckets, rules, scales, skip)
         else:

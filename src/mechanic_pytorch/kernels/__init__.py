@@ -9,21 +9,22 @@ in the dtype of the deltas: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums a
 tensors, so they may be added over buckets, devices and shards. `copies` is None, or tensors like `params` that it
 fills with their values on the way: what `move` wants as `before`.
 
-`move(params, before, deltas, compensations, old_scale, new_scale)` is called after the base optimizer has turned
+`move(params, before, deltas, compensations, old_scale, new_scale, keep)` is called after the base optimizer has turned
 `before` into `params`. It changes these in place, and nothing else:
 
     update = params - before
-    params = before + (new_scale - old_scale) * delta + new_scale * update
-    delta  = delta + update
+    params = before + (keep * new_scale - old_scale) * delta + new_scale * update
+    delta  = keep * delta + update
 
-which is `before + new_scale * delta_new - old_scale * delta_old` with less cancellation. `compensations` is None, or,
+which is `before + new_scale * delta_new - old_scale * delta_old` with less cancellation. The three numbers are tensors
+of shape (); `keep` may be None, which is 1 and costs nothing. `compensations` is None, or,
 for parameters of less than 32 bits, one tensor per parameter that holds what rounding took from it (Kahan): it is
 added back before the move and renewed after it. A compensation that could not come from rounding its parameter
 belongs to a value that somebody has since overwritten, and counts as zero.
 
-A kernel may also have `step_and_move(rule, params, grads, deltas, compensations, old_scale, new_scale)`, which makes
-the step of a base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`, which
-tells whether it can for these tensors. The result is that of the base's step followed by `move`, but for rounding.
+A kernel may also have `step_and_move(rule, params, grads, deltas, compensations, old_scale, new_scale, keep)`, which
+makes the step of a base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`,
+which tells whether it can for these tensors. The result is that of the base's step and then `move`, but for rounding.
 
 `for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
 """
@@ -63,6 +64,7 @@ class Kernel(Protocol):
         compensations: Sequence[Tensor] | None,
         old_scale: Tensor,
         new_scale: Tensor,
+        keep: Tensor | None = None,
     ) -> None:
         """Rescale the base's step, in place."""
         ...

@@ -50,15 +50,16 @@ def move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    change = new_scale - old_scale
+    change = (new_scale if keep is None else keep * new_scale) - old_scale
     lists = [params, before, deltas, *([] if compensations is None else [compensations])]
     for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
-            _move_slice(xs - starts, starts, ours[0], change, new_scale, out=xs)
+            _move_slice(xs - starts, starts, ours[0], change, new_scale, keep, out=xs)
         else:
-            _move_pack(_line(xs), _line(starts), xs, *ours, old_scale=old_scale, new_scale=new_scale)
+            _move_pack(_line(xs), _line(starts), xs, *ours, scales=(old_scale, new_scale, keep))
 
 
 def step_and_move(
@@ -69,6 +70,7 @@ def step_and_move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, in place."""
     lists = [params, grads, deltas, *([] if compensations is None else [compensations])]
@@ -80,7 +82,7 @@ def step_and_move(
             start = _line(xs)
             after = start.clone()
             rule.apply(_unpacked(after, _tensors(xs)), _tensors(gs), states, indices)
-            _move_pack(after, start, xs, *ours, old_scale=old_scale, new_scale=new_scale)
+            _move_pack(after, start, xs, *ours, scales=(old_scale, new_scale, keep))
             continue
         factor = 1.0 if shrink is None else -shrink
         line = torch.mul(xs, factor, out=scratch[: len(xs)]) if isinstance(xs, Tensor) else _packed(xs).mul_(factor)
@@ -89,8 +91,13 @@ def step_and_move(
         rest.apply(updates, gs, states, indices)
         if shrink is None:
             torch._foreach_sub_(updates, xs)
-        _sgd(xs, updates, ds, lr=old_scale - new_scale)
-        _sgd(xs, updates, (), lr=-old_scale)
+        if keep is None:
+            _sgd(xs, updates, ds, lr=old_scale - new_scale)
+            _sgd(xs, updates, (), lr=-old_scale)
+        else:
+            _sgd(xs, ds, (), lr=old_scale - keep * new_scale)
+            _sgd(xs, updates, (), lr=-new_scale)
+            _add(ds, updates, keep)
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
@@ -106,10 +113,23 @@ def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tens
     torch._fused_sgd_(xs, updates, deltas, lr=lr, momentum=1.0 if deltas else 0.0, **options)  # type: ignore[call-overload]
 
 
-def _move_slice(update: Tensor, start: Tensor, delta: Tensor, change: Tensor, new_scale: Tensor, out: Tensor) -> None:
+def _move_slice(
+    update: Tensor, start: Tensor, delta: Tensor, change: Tensor, new_scale: Tensor, keep: Tensor | None, out: Tensor
+) -> None:
     torch.addcmul(start, delta, change, out=out)
     out.addcmul_(update, new_scale)
-    delta.add_(update)
+    _add((delta,), (update,), keep)
+
+
+def _add(deltas: tuple[Tensor, ...], updates: tuple[Tensor, ...], keep: Tensor | None) -> None:
+    """Make delta = keep * delta + update."""
+    if keep is None:
+        torch._foreach_add_(deltas, updates)
+    elif len(deltas) == 1:  # in one pass
+        torch.addcmul(updates[0], deltas[0], keep, out=deltas[0])
+    else:
+        torch._foreach_mul_(deltas, keep)
+        torch._foreach_add_(deltas, updates)
 
 
 def _move_pack(
@@ -119,13 +139,12 @@ def _move_pack(
     deltas: Part,
     compensations: Part | None = None,
     *,
-    old_scale: Tensor,
-    new_scale: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
     delta = _line(deltas)
     if compensations is not None:
         compensation = _line(compensations)
-        for_loop.move([after], [start], [delta], [compensation], old_scale, new_scale)
+        for_loop.move([after], [start], [delta], [compensation], *scales)
         for line, part in [(after, xs), (delta, deltas), (compensation, compensations)]:
             if line is not part:
                 _copy(part, line if isinstance(part, Tensor) else _unpacked(line, part))
@@ -133,8 +152,10 @@ def _move_pack(
     xs, deltas = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", deltas)
     update = after.sub_(start)
     pieces = _unpacked(update, xs)  # they share its memory
-    torch._foreach_add_(deltas, pieces)
-    update.mul_(new_scale).addcmul_(delta, new_scale - old_scale).add_(start)
+    old_scale, new_scale, keep = scales
+    _add(deltas, pieces, keep)
+    change = (new_scale if keep is None else keep * new_scale) - old_scale
+    update.mul_(new_scale).addcmul_(delta, change).add_(start)
     torch._foreach_copy_(xs, pieces)
 
 

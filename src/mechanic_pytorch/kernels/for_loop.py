@@ -29,12 +29,16 @@ def move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
+    change = (new_scale if keep is None else keep * new_scale) - old_scale
     for i, (x, x_before, delta) in enumerate(zip(params, before, deltas, strict=True)):
         start = x_before.to(delta.dtype)
         update = x.to(delta.dtype) - start
-        step = (new_scale - old_scale) * delta + new_scale * update
+        step = change * delta + new_scale * update
+        if keep is not None:
+            delta *= keep
         delta += update
         if compensations is None:
             x.copy_(start + step)

@@ -33,10 +33,11 @@ def move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
     for lists in _chunks(params, before, deltas, *([] if compensations is None else [compensations])):
-        _move(*lists, old_scale=old_scale, new_scale=new_scale)
+        _move(*lists, old_scale=old_scale, new_scale=new_scale, keep=keep)
 
 
 def step_and_move(
@@ -47,6 +48,7 @@ def step_and_move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, in place."""
     before = [x.clone() for x in params]
@@ -54,7 +56,7 @@ def step_and_move(
     if not isinstance(lr, Tensor):  # a number would be compiled in, again for every new one
         rule = rule._replace(options={**rule.options, "lr": torch.full((), lr, dtype=torch.float32)})
     rule.apply(params, grads, rule.states, range(len(params)))
-    move(params, before, deltas, compensations, old_scale, new_scale)
+    move(params, before, deltas, compensations, old_scale, new_scale, keep)
 
 
 def can_step(*lists: Sequence[Tensor]) -> bool:
@@ -93,6 +95,13 @@ def _measure(params: list[Tensor], grads: list[Tensor], deltas: list[Tensor]) ->
     return torch.stack([*products, *squares])
 
 
+def _add(deltas: list[Tensor], updates: tuple[Tensor, ...], keep: Tensor | None) -> None:
+    """Make delta = keep * delta + update."""
+    if keep is not None:
+        torch._foreach_mul_(deltas, keep)
+    torch._foreach_add_(deltas, updates)
+
+
 def _move(
     params: list[Tensor],
     before: list[Tensor],
@@ -101,14 +110,15 @@ def _move(
     *,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     dtype = deltas[0].dtype
     start = [x_before.to(dtype) for x_before in before]
     # Everything that allocates comes first: running out of memory then leaves the deltas as they were.
     update = torch._foreach_sub([x.to(dtype) for x in params], start)
-    step = torch._foreach_mul(deltas, new_scale - old_scale)
+    step = torch._foreach_mul(deltas, (new_scale if keep is None else keep * new_scale) - old_scale)
     if compensations is None:
-        torch._foreach_add_(deltas, update)
+        _add(deltas, update, keep)
         torch._foreach_mul_(update, new_scale)
         torch._foreach_add_(step, update)
         torch._foreach_copy_(params, before)
@@ -120,7 +130,7 @@ def _move(
         for tensor, mask in zip(lost, overwritten, strict=True):
             tensor.masked_fill_(mask, 0.0)
         torch._foreach_add_(start, lost)
-        torch._foreach_add_(deltas, update)
+        _add(deltas, update, keep)
         torch._foreach_mul_(update, new_scale)
         torch._foreach_add_(step, update)
         torch._foreach_add_(start, step)

@@ -67,9 +67,10 @@ def move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    _move(None, params, before, deltas, compensations, old_scale, new_scale)
+    _move(None, params, before, deltas, compensations, old_scale, new_scale, keep)
 
 
 def step_and_move(
@@ -80,9 +81,10 @@ def step_and_move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, in place."""
-    _move(rule, params, grads, deltas, compensations, old_scale, new_scale)
+    _move(rule, params, grads, deltas, compensations, old_scale, new_scale, keep)
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
@@ -105,6 +107,7 @@ def _move(
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
+    keep: Tensor | None,
 ) -> None:
     """Move to what the base makes of `params` with the gradients `others`; without a rule, it has, from `others`."""
     states = [] if rule is None else rule.states
@@ -122,7 +125,7 @@ def _move(
             "MAXIMIZE": options.get("maximize", False),
             "COMPENSATION": None if compensations is None else dtypes[-1],
         }
-        _launch(_step, work, old_scale, new_scale, numbers, rates, *scaler, X=x, OTHER=other, D=delta, **flags)
+        _launch(_step, work, old_scale, new_scale, keep, numbers, rates, *scaler, X=x, OTHER=other, D=delta, **flags)
     for weight in params:  # autograd has not seen the kernel write, and could not refuse a graph of the old weights
         torch.autograd.graph.increment_version(weight)
 
@@ -281,6 +284,7 @@ def _step(
     columns,
     old_scale,
     new_scale,
+    keep,
     constants,
     rates,
     grad_scale,
@@ -307,6 +311,11 @@ def _step(
     if COMPENSATION is not None:
         compensations = _address(table, 3 + STATES, columns, column, COMPENSATION, ALIGNED)
     old, new = tl.load(old_scale).to(D), tl.load(new_scale).to(D)
+    if keep is None:
+        change = new - old
+    else:
+        kept = tl.load(keep).to(D)
+        change = kept * new - old
     if RULE is not None:
         keep1, take1 = tl.load(constants).to(D), tl.load(constants + 1).to(D)
         keep2, take2 = tl.load(constants + 2).to(D), tl.load(constants + 3).to(D)
@@ -355,7 +364,9 @@ def _step(
                 after = after.to(X).to(D)  # the base would have stored it
             delta = _load(deltas, at, end, tail)
             update = after - before
-            step = (new - old) * delta + new * update
+            step = change * delta + new * update
+            if keep is not None:
+                delta *= kept
             _store(deltas, delta + update, at, end, tail)
             if COMPENSATION is None:
                 _store(params, before + step, at, end, tail)
