@@ -303,6 +303,21 @@ def test_what_a_loss_counts(penalty):
     assert state.reward.item() == 3.0 - 2.0 * penalty
 
 
+@pytest.mark.parametrize("s_init", [1e-8, "auto"])
+def test_what_an_early_update_counts(s_init):
+    """Equal updates, and a scale that rises: Algorithm 1 adds them up, "auto" each times its scale over the present."""
+    p = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD, s_init=s_init)([p], lr=1.0)
+    scales = []
+    for _ in range(12):
+        p.grad = -torch.ones_like(p)
+        optimizer.step()
+        scales.append(optimizer.scale.item())
+    assert scales == sorted(scales), "so that it rises all the time"
+    weights = [s / scales[-1] for s in scales] if s_init == "auto" else [1.0] * len(scales)
+    torch.testing.assert_close(optimizer.state[p]["mechanic_delta"], torch.full_like(p, sum(weights)))
+
+
 def test_eps_is_added_to_the_root_of_v_and_nowhere_else():
     options = {"s_decay": 1.0, "s_init": 1e-3, "eps": 0.5}
     params, optimizer = ours(betas=BETAS, **options)

@@ -2,9 +2,10 @@
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)  # indented, too: in a list, say
 
 
 def main(paths: list[str]) -> None:
@@ -13,8 +14,8 @@ def main(paths: list[str]) -> None:
         text = Path(path).read_text(encoding="utf-8")
         blocks = list(BLOCK.finditer(text))
         for block in blocks:
-            line = text.count("\n", 0, block.start(1))
-            exec(compile("\n" * line + block[1], path, "exec"), {"__name__": "__main__"})
+            line = text.count("\n", 0, block.start(2))
+            exec(compile("\n" * line + textwrap.dedent(block[2]), path, "exec"), {"__name__": "__main__"})
         print(f"{path}: {len(blocks)} blocks ran")
 
 

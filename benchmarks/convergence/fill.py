@@ -1,4 +1,4 @@
-"""The tables in the documentation: written by this program between marks, so that none is copied by hand.
+"""Tables and figures in the documentation: written by this program between marks, so that none is copied by hand.
 
 A mark is a line `<!-- convergence: NAME -->`; what stands between it and the next `<!-- end -->` is replaced.
 """
@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from .compare import TaskResults, apart, geometric, over, points
-from .methods import FIXED, NAMES, TEACHER
+from .methods import FIXED, LEARNED, NAMES, NO_SEARCH, TEACHER
 from .report import accuracies, compose, constants, markdown_table, number, signed
 
 GROUPINGS_SAID = {
@@ -111,7 +111,7 @@ def every_task(tables: Sequence[TaskResults]) -> str:
 
 def groupings(tables: Sequence[TaskResults]) -> str:
     """Return a row for each network: losses relative to tuned, with one scale and with one for each group."""
-    networks, _ = apart(tables)
+    networks = [table for table in apart(tables)[0] if f"{TEACHER}/part" in table.lines]
     methods = {TEACHER: "one scale"} | {f"{TEACHER}/{name}": title for name, title in GROUPINGS_SAID.items()}
     rows = [[table.task.name, *(relative(table.ratio(method)) for method in methods)] for table in networks]
     found = [over(networks, method) for method in methods]
@@ -123,8 +123,9 @@ def part_rates(tables: Sequence[TaskResults]) -> str:
     """Return a row for each network: the learned lr, that of each part, and by how much these differ."""
     rows = []
     for table in apart(tables)[0]:
-        learned = learned_lrs(table, f"{TEACHER}/part")
-        apart_by = number(max(learned) / min(learned), ".2g") if learned else ""
+        if not (learned := learned_lrs(table, f"{TEACHER}/part")):
+            continue
+        apart_by = number(max(learned) / min(learned), ".2g")
         rows.append([table.task.name, number(table.rate(TEACHER), ".2g"), said(learned), apart_by])
     return markdown_table(["learned lr", "one scale", "each part, first to last", "largest / smallest"], rows)
 
@@ -158,6 +159,55 @@ def muon(tables: Sequence[TaskResults]) -> str:
     return markdown_table(head, rows)
 
 
+def search(tables: Sequence[TaskResults]) -> str:
+    """Return how "auto" fares with its search and without, over the tasks that have both."""
+    tables = [table for table in tables if NO_SEARCH in table.lines]
+    networks, linear = apart(tables)
+    parts = {
+        "networks": [table for table in networks if table.task.warm_up],
+        "networks without a warm-up": [table for table in networks if not table.task.warm_up],
+        "linear problems": linear,
+    }
+    head = ["loss / tuned"]
+    rows = [["with the search"], ["without"]]
+    for title, part in parts.items():
+        head += [f"{len(part)} {title}, mean", "worst"]
+        for row, method in zip(rows, (TEACHER, NO_SEARCH), strict=True):
+            row += cells(part, method)
+    return markdown_table(head, rows)
+
+
+def in_short(tables: Sequence[TaskResults]) -> str:
+    """Return how "auto" fares, as a sentence."""
+    return f"Final training loss, divided by that of the best learning rate of a grid: {_said_of(tables, TEACHER)}."
+
+
+def learned(tables: Sequence[TaskResults]) -> str:
+    """Return how the plain base fares at the learned lr, as a sentence."""
+    return (
+        'The plain base at `learned_lr()` of an `s_init="auto"` run, its final loss divided by that of the best lr of\n'
+        f"a grid: {_said_of(tables, LEARNED)}."
+    )
+
+
+def _said_of(tables: Sequence[TaskResults], method: str) -> str:
+    said = []
+    for title, part in zip(("networks", "linear problems"), apart(tables), strict=True):
+        if (found := over(part, method)) is not None:
+            worst = f"{relative(found.worst)} ({found.where.removeprefix('linear-')})"
+            said.append(f"{relative(found.mean)} in the mean of {found.tasks} {title}, at worst {worst}")
+    return "; ".join(said)
+
+
+def behind(tables: Sequence[TaskResults]) -> str:
+    """Return the tasks on which "auto" is more than two percent worse than tuned, the worst first, as a sentence."""
+    ratios = {
+        table.task.name: ratio for table in tables if (ratio := table.ratio(TEACHER)) is not None and ratio > 1.02
+    }
+    worst = sorted(ratios, key=lambda name: -ratios[name])
+    return f"More than 2 % worse than tuned: {', '.join(f'{name} {relative(ratios[name])}' for name in worst)}."
+
+
 def origin(tables: Sequence[TaskResults]) -> str:
     """Return what the tables rest on, as a line of small print."""
     every = [line for table in tables for by_seed in table.lines.values() for line in by_seed.values()]
@@ -173,7 +223,7 @@ def origin(tables: Sequence[TaskResults]) -> str:
     return (
         f"<sub>{len(every)} runs, {which}; torch {last['torch']}, Python {last['python']}, x86-64, one thread a run. "
         "`python -m benchmarks.convergence report --profile full --results benchmarks/convergence/results.jsonl "
-        "--output docs/convergence --fill README.md docs/convergence.md docs/per-group.md`</sub>"
+        "--output docs/convergence --fill README.md docs/*.md`</sub>"
     )
 
 
@@ -185,6 +235,10 @@ TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
     "overview": overview,
     "base rates": base_rates,
     "tasks": every_task,
+    "search": search,
+    "in short": in_short,
+    "learned": learned,
+    "behind": behind,
     "constants": constants,
     "accuracies": accuracies,
     "origin": origin,

@@ -123,9 +123,9 @@ def summary(tables: list[TaskResults]) -> str:
     return markdown_table(head, rows) if rows else "No method has results beside a grid."
 
 
-def constants(tables: list[TaskResults]) -> str:
+def constants(tables: Sequence[TaskResults]) -> str:
     """Return losses for other constants of the start: on every other task to choose by, on the rest to confirm."""
-    names = list(TASKS)
+    names, tables = list(TASKS), [table for table in tables if table.lines.keys() >= ABLATION.keys()]
     halves = [[table for table in tables if names.index(table.task.name) % 2 == half] for half in (0, 1)]
     rows = []
     for method, values in ABLATION.items():

@@ -53,7 +53,8 @@ class Task:
         load: returns inputs and targets to train on, and inputs and targets to test on.
         model: returns the model, its weights drawn from torch's global generator.
         metric: what is computed on the test data: "accuracy, %", "R², %" or "test loss".
-        schedule: "cosine", after a warm-up of a twentieth of the steps, or "steps", x 0.1 at 60 % and at 80 %.
+        schedule: "cosine", after the warm-up, or "steps", x 0.1 at 60 % and at 80 %.
+        warm_up: the part of the steps in which the learning rate rises.
         lengths: per profile the number of steps, or of epochs if `epochs`; a task is in the profiles that it names.
         published: the row of `PUBLISHED`.
         files: what must be at hand or public; a task of a file that is neither is left out.
@@ -69,6 +70,7 @@ class Task:
     schedule: str
     batch: int
     lengths: dict[str, int]
+    warm_up: float = 0.0
     weight_decay: float = 0.0
     epochs: bool = False
     published: str | None = None
@@ -80,11 +82,6 @@ class Task:
         """Return how many steps there are."""
         length = self.lengths[profile]
         return length * math.ceil(len(self.load()[0]) / self.batch) if self.epochs else length
-
-    @property
-    def warm_up(self) -> float:
-        """The part of the steps in which the learning rate rises."""
-        return 0.05 if self.schedule == "cosine" else 0.0
 
     def factor(self, step: int, steps: int) -> float:
         """Return by what the schedule multiplies the learning rate, at most 1."""
@@ -305,7 +302,7 @@ def _all() -> list[Task]:
         name: str, base: str, load: Any, model: Any, metric: str, batch: int, full: int, quick: int = 0, **more: Any
     ) -> Task:
         lengths = {"quick": quick, "full": full} if quick else {"full": full}
-        options = {"weight_decay": 0.01 if base == "AdamW" else 0.0, "prepare": load, **more}
+        options = {"warm_up": 0.05, "weight_decay": 0.01 if base == "AdamW" else 0.0, "prepare": load, **more}
         return Task(name, base, load, model, metric, "cosine", batch, lengths, **options)
 
     return [
@@ -332,6 +329,8 @@ def _all() -> list[Task]:
         task("shakespeare-gpt", "AdamW", text, Transformer, "test loss", 16, 1000, weight_decay=0.1),
         task("names-lstm", "AdamW", data.names, LSTM, "test loss", 64, 1000),
         task("housing-mlp", "AdamW", data.housing, prices, "R², %", 64, 1500, quick=200),
+        task("fashion-mlp-adamw-cold", "AdamW", images, perceptron, accuracy, 64, 400, warm_up=0.0),
+        task("fashion-mlp-sgd-cold", "SGD", images, perceptron, accuracy, 64, 400, warm_up=0.0),
         *(
             replace(
                 task("shakespeare-gpt", "Muon", text, Transformer, "test loss", 16, 0, weight_decay=0.1),

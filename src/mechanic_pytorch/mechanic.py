@@ -16,8 +16,8 @@ s have n entries and start at 0. One step:
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
 never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
-between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was, and the penalty is
-less than 1 (`_start.py`). The file `docs/deviations.md` lists where this differs from other implementations, and why.
+between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was, early updates weigh
+less in delta, and the penalty is less than 1 (`_start.py`). The file `docs/deviations.md` lists where this differs from other implementations, and why.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def mechanize(
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
         s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
             costs a few steps, too large may diverge. "auto" measures the first update and starts relative to it, and
-            takes s_decay and eps in the same unit: the run is then the same for every base lr, up to rounding, and
-            begins sooner. It also counts what the scale loses half, which is not in the paper, for a scale that is
-            not too small under a schedule that decays (`_start.py` has the formulas).
+            takes s_decay and eps in the same unit: the run is then the same for every base lr, and begins sooner. Two
+            things are not in the paper, both for a scale that is not too small at the end (`_start.py` has the
+            formulas): until the scale falls for the first time, the weights make plain steps at its present value; and
+            what the scale loses counts half.
         eps: added to sqrt(v), in units of h (update times gradient).
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
