@@ -31,12 +31,12 @@ scale grows, an update weighs what its scale could do: with S_k the scale of ste
 That is to multiply delta by S_{t-1} / S_t before u_t is added, and to move the weights by S_t * u_t alone: plain steps
 at a rising learning rate, as practitioners test one. Once the scale has fallen to three quarters of its largest, the
 search is over, and the sum is Algorithm 1's from there on. The tuner itself is Algorithm 1's throughout: the base that
-it scales has updates of growing weight at first.
+it scales has updates of growing weight at first. A parameter without a gradient in a step keeps its part of delta.
 
-The third difference is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by
-the scale having been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take
-that noise out of the weights by itself later on; so the scale that pays best at each moment is too small for the end.
-A step that lost therefore counts half. How far this can go: the scale settles where gains are half of losses, which
+The third difference is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by the scale having
+been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take that noise out of
+the weights by itself later on; so the scale that pays best at each moment is too small for the end. A step that lost
+therefore counts half. How far this can go: the scale settles where gains are half of losses, which
 for normally distributed h is where its mean is 0.28 of its standard deviation instead of 0. h is one number, so
 that is the noise of the gradient in one direction. docs/convergence.md has the measurements from which both numbers,
 1e-3 and one half, were chosen.
