@@ -17,8 +17,8 @@ Big tensors are touched twice: four inner products before the base step (`measur
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
 never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
 between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was, early updates
-weigh less in delta, and the penalty is less than 1 (`_start.py`). The file `docs/deviations.md` lists where this differs from
-other implementations, and why.
+weigh less in delta, and the penalty is less than 1 (`_start.py`). The file `docs/deviations.md` lists where this
+differs from other implementations, and why.
 """
 
 from __future__ import annotations
