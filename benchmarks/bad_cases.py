@@ -1,6 +1,6 @@
 """Where the tuner goes wrong by its nature, and what helps: strong weight decay, and schedule-free bases.
 
-    python benchmarks/bad_cases.py
+    python -m benchmarks.bad_cases --fill docs/convergence.md
 
 Weight decay: AdamW on a linear regression, 256 x 10, noise 0.1, batches of 32, 2000 steps, cosine. Decay holds the
 weights short of the optimum, so stretching them from where they started pays at every step, and stretching is all that
@@ -9,20 +9,25 @@ a larger scale does to <delta, g>; but a larger scale makes the decay stronger, 
 Schedule-free: AdamW's on scikit-learn's handwritten digits, a 64-32-10 network, batches of 64, 1000 steps. The weights
 under the gradient are an average of the iterates, which answers to the scale late and little.
 
-Prints two Markdown tables: medians over three seeds of weights and batches, with the smallest and the largest.
+Prints two Markdown tables, or writes them between the marks `<!-- bad cases: NAME -->` and `<!-- end -->`: medians over
+three seeds of weights and batches, with the least and the largest.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import platform
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytorch_optimizer as po
 import torch
+from benchmarks.convergence.fill import between_marks
+from benchmarks.convergence.report import markdown_table
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -98,15 +103,18 @@ def tuned(problem: Callable[[Make, int], Run], make: Callable[[Any, float], Any]
     return min((over_seeds(problem, lambda params, lr=lr: make(params, lr)) for lr in GRID), key=loss)
 
 
-def row(*names: str, runs: list[Run]) -> str:
+def row(*names: str, runs: list[Run]) -> list[str]:
     """Return a row of a table."""
     losses, rates = zip(*runs, strict=True)
     spread = f"{median(losses):.3g} ({min(losses):.3g} to {max(losses):.3g})"
-    return f"| {' | '.join(names)} | {spread} | {median(rates):.2g} |"
+    return [*names, spread, f"{median(rates):.2g}"]
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, or write them into a page."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
+    page = arguments.parse_args().fill
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     adamw, rows = torch.optim.AdamW, []
@@ -117,7 +125,7 @@ def main() -> None:
             base = mechanize(adamw, **options)
             runs = over_seeds(regression, lambda p, base=base, decay=decay: base(p, lr=1.0, weight_decay=decay))
             rows.append(row(f"{decay:g}", name, runs=runs))
-    print("| weight decay | AdamW | final loss | learned lr |", "|---|---|---|---|", *rows, "", sep="\n")
+    made = {"weight decay": markdown_table(["weight decay", "AdamW", "final loss", "learned lr"], rows)}
 
     free, auto = po.ScheduleFreeAdamW, mechanize(adamw, s_init="auto")
     cases: dict[str, Make] = {
@@ -129,8 +137,17 @@ def main() -> None:
     }
     rows = [row("plain, tuned", runs=tuned(digits, lambda params, lr: free(params, lr=lr)))]
     rows += [row(name, runs=over_seeds(digits, make)) for name, make in track(cases.items(), "schedule-free")]
-    print("| ScheduleFreeAdamW | final loss in `eval()` | learned lr |", "|---|---|---|", *rows, "", sep="\n")
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread.")
+    made["schedule free"] = markdown_table(["ScheduleFreeAdamW", "final loss in `eval()`", "learned lr"], rows)
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread"
+    made["origin"] = (
+        "<sub>`python -m benchmarks.bad_cases --fill docs/convergence.md`, medians of three seeds with the least and "
+        f"the largest; {versions}.</sub>"
+    )
+    if page is None:
+        print("\n\n".join(made.values()))
+    else:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(between_marks(text, "bad cases", made.get), encoding="utf-8")
 
 
 if __name__ == "__main__":
