@@ -10,7 +10,7 @@ Schedule-free: AdamW's on scikit-learn's handwritten digits, a 64-32-10 network,
 under the gradient are an average of the iterates, which answers to the scale late and little.
 
 Prints two Markdown tables, or writes them between the marks `<!-- bad cases: NAME -->` and `<!-- end -->`: medians over
-three seeds of weights and batches, with the least and the largest.
+three seeds of weights and batches, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def main() -> None:
     made["schedule free"] = markdown_table(["ScheduleFreeAdamW", "final loss in `eval()`", "learned lr"], rows)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread"
     made["origin"] = (
-        "<sub>`python -m benchmarks.bad_cases --fill docs/convergence.md`, medians of three seeds with the least and "
-        f"the largest; {versions}.</sub>"
+        "<sub>`python -m benchmarks.bad_cases --fill docs/convergence.md`, medians of three seeds with the smallest "
+        f"and the largest; {versions}.</sub>"
     )
     if page is None:
         print("\n\n".join(made.values()))

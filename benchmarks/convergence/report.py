@@ -125,9 +125,7 @@ def summary(tables: list[TaskResults]) -> str:
 
 def constants(tables: Sequence[TaskResults]) -> str:
     """Return losses for other constants of the start: on every other task to choose by, on the rest to confirm."""
-    names, tables = list(TASKS), [table for table in tables if table.lines.keys() >= ABLATION.keys()]
-    halves = [[table for table in tables if names.index(table.task.name) % 2 == half] for half in (0, 1)]
-    rows = []
+    halves, rows = _halves(tables), []
     for method, values in ABLATION.items():
         found = [over(half, method) for half in halves]
         cells = [[str(o.tasks), number(o.mean), f"{number(o.worst)} ({o.where})"] if o else [""] * 3 for o in found]
@@ -136,10 +134,17 @@ def constants(tables: Sequence[TaskResults]) -> str:
     return markdown_table(head, rows) if rows else ""
 
 
+def _halves(tables: Sequence[TaskResults]) -> list[list[TaskResults]]:
+    """Return every other task of the list, and the rest, as far as they have all that an ablation runs."""
+    names, tables = list(TASKS), [table for table in tables if table.lines.keys() >= ABLATION.keys()]
+    return [[table for table in tables if names.index(table.task.name) % 2 == half] for half in (0, 1)]
+
+
 def ablation(tables: list[TaskResults]) -> list[str]:
     """Return that table with its heading, nothing if there are no such results."""
-    names, table = list(TASKS), constants(tables)
-    about = f"First to choose by: {', '.join(names[::2])}. Then to confirm: {', '.join(names[1::2])}."
+    first, then = ([table.task.name for table in half] for half in _halves(tables))
+    table = constants(tables)
+    about = f"Without the search. First to choose by: {', '.join(first)}. Then to confirm: {', '.join(then)}."
     return [f'## The constants of `s_init="auto"`\n\n{table}\n\n{about}'] if table else []
 
 

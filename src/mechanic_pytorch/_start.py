@@ -1,4 +1,4 @@
-r"""`s_init="auto"`: a start that knows no units, a search that leaves nothing behind, losses that count less.
+r"""`s_init="auto"`: a start that knows no units, a search by plain steps, and bets whose losses count half.
 
 Three options are numbers with a unit. `s_init` is a scale, so it is compared with x / delta; `eps` is compared with h,
 which is an update times a gradient; `s_decay` weighs x / delta against 1. Multiply all updates of the base by a
@@ -17,29 +17,30 @@ first updates are small because lr is: |u| is that of the first update, rescaled
 
 Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
 step therefore runs with every lr multiplied by one number, chosen before the first update such that the largest base lr
-becomes 1, and `scale` is given for the lr that the user sees. That is the run at lr 1, to the last bits of the lr: runs
-at other base lrs do not even round otherwise.
+becomes 1, and `scale` is given for the lr that the user sees. That is the run at lr 1, up to the last bit of the lr:
+runs at other base lrs do not even round differently.
 
-x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are
-not zero, there is no |u|, and no scale. With `per_group`, all of this is said of each parameter group by itself.
+x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are not
+zero, there is no |u|, and no scale. With `per_group`, all of this is said of each parameter group by itself.
 
-The second difference from Algorithm 1 is how the scale is searched. It begins far too small and grows by some half a
-step, while the weights hardly move: the updates of that time are made at almost the same weights, are much alike, and
-weigh in the sum as much as any later one. A larger scale, which stretches all of the sum, is then too large for them
-long before it is for the next update. (A warm-up hides this, for it makes early updates small.) So as long as the
-scale grows, an update weighs what its scale could do: with S_k the scale of step k, delta = sum_k (S_k / S_t) * u_k.
-That is to multiply delta by S_{t-1} / S_t before u_t is added, and to move the weights by S_t * u_t alone: plain steps
-at a rising learning rate, as practitioners test one. Once the scale has fallen to three quarters of its largest, the
-search is over, and the sum is Algorithm 1's from there on. The tuner itself is Algorithm 1's throughout: the base that
-it scales has updates of growing weight at first. A parameter without a gradient in a step keeps its part of delta.
+The second difference from Algorithm 1 is how the scale is searched. It begins far too small and grows by a part of
+itself in each step, while the weights hardly move: the updates of that time are made at almost the same weights, are
+much alike, and weigh in the sum as much as any later one. A larger scale, which stretches all of the sum, is then too
+large for them long before it is for the next update. (A warm-up hides this, for it makes early updates small.) So at
+first an update weighs what its scale could do: with S_k the largest scale up to step k, delta = sum_k (S_k / S_t) *
+u_k. That is to multiply delta by S_{t-1} / S_t before u_t is added; and while the scale rises, the weights then move by
+S_t * u_t alone: plain steps at a rising learning rate, as in a learning-rate range test. Once the scale has fallen to
+three quarters of its largest, the search is over, and the sum is Algorithm 1's from there on. The tuner itself is
+Algorithm 1's throughout: the base that it scales has updates of growing weight at first. A parameter without a gradient
+in a step keeps its part of delta.
 
 The third difference is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by the scale having
 been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take that noise out of
 the weights by itself later on; so the scale that pays best at each moment is too small for the end. A step that lost
-therefore counts half. How far this can go: the scale settles where gains are half of losses, which
-for normally distributed h is where its mean is 0.28 of its standard deviation instead of 0. h is one number, so
-that is the noise of the gradient in one direction. docs/convergence.md has the measurements from which both numbers,
-1e-3 and one half, were chosen.
+therefore counts half. How far this can go: the scale settles where gains are half of losses, which for normally
+distributed h is where its mean is 0.28 of its standard deviation instead of 0. h is one number, so that is the noise of
+the gradient in one direction. docs/convergence.md has the measurements from which the numbers were chosen: 1e-3, one
+half and three quarters.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def lr_factors(optimizer: Any) -> list[float]:
         for home, groups in _state.tuners(optimizer):
             if not any(DELTA in optimizer.state.get(p, {}) for group in groups for p in group["params"]):
                 highest = max(lrs(groups, "initial_lr"))
-                home[LR_FACTOR] = 1 / highest if 0 < highest < math.inf else 1.0
+                factor = 1 / highest if highest else 1.0
+                home[LR_FACTOR] = factor if 0 < factor < math.inf else 1.0
     factors = [float(home.get(LR_FACTOR, 1.0)) for home in _state.homes(optimizer)]
     return _state.for_each_group(optimizer, factors)
 

@@ -74,9 +74,9 @@ def mechanize(
         s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
             costs a few steps, too large may diverge. "auto" measures the first update and starts relative to it, and
             takes s_decay and eps in the same unit: the run is then the same for every base lr, and begins sooner. Two
-            things are not in the paper, both for a scale that is not too small at the end (`_start.py` has the
-            formulas): until the scale falls for the first time, the weights make plain steps at its present value; and
-            what the scale loses counts half.
+            things are not in the paper, both against a scale that is too small at the end (`_start.py` has the
+            formulas): until it has fallen to three quarters of its largest, a scale that rises makes plain steps of
+            the base; and what the scale loses counts half.
         eps: added to sqrt(v), in units of h (update times gradient).
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
