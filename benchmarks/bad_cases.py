@@ -26,7 +26,7 @@ from typing import Any
 
 import pytorch_optimizer as po
 import torch
-from benchmarks.convergence.fill import between_marks
+from benchmarks.convergence.fill import print_or_fill
 from benchmarks.convergence.report import markdown_table
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -143,11 +143,7 @@ def main() -> None:
         "<sub>`python -m benchmarks.bad_cases --fill docs/convergence.md`, medians of three seeds with the smallest "
         f"and the largest; {versions}.</sub>"
     )
-    if page is None:
-        print("\n\n".join(made.values()))
-    else:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(between_marks(text, "bad cases", made.get), encoding="utf-8")
+    print_or_fill(page, "bad cases", made)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from benchmarks.convergence import data
-from benchmarks.convergence.fill import between_marks
+from benchmarks.convergence.fill import print_or_fill
 from benchmarks.convergence.report import markdown_table
 from benchmarks.convergence.tasks import EVALUATION, Standardise, batches, mlp
 from rich.progress import track
@@ -249,12 +249,7 @@ def main() -> None:
         f"`python -m benchmarks.recipes --fill docs/recipes.md`, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {platform.machine()}, one thread.</sub>"
     )
-    if options.fill is None:
-        print("\n\n".join(made.values()))
-        return
-
-    text = options.fill.read_text(encoding="utf-8")
-    options.fill.write_text(between_marks(text, "recipes", made.get), encoding="utf-8")
+    print_or_fill(options.fill, "recipes", made)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -50,20 +51,35 @@ def between_marks(text: str, program: str, make: Callable[[str], str | None]) ->
     return re.sub(rf"(<!-- {program}: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", made, text, flags=re.DOTALL)
 
 
+def print_or_fill(page: Path | None, program: str, made: Mapping[str, str]) -> None:
+    """Print what a program has made, or write it between the program's marks of a page."""
+    if page is None:
+        print("\n\n".join(made.values()))
+    else:
+        page.write_text(between_marks(page.read_text(encoding="utf-8"), program, made.get), encoding="utf-8")
+
+
 def overview(tables: Sequence[TaskResults]) -> str:
     """Return a row for each method: losses relative to tuned on networks, on linear problems and on all."""
-    parts = dict(zip(("networks", "linear problems"), apart(tables), strict=True))
-    rows = []
-    for method, name in NAMES.items():
-        row = [name]
-        for part in parts.values():
-            row += cells(part, method)
+    head, rows = compared(NAMES, titled(tables))
+    for method, row in zip(NAMES, rows, strict=True):
         changes = [change for table in tables if (change := points(table, method)) is not None]
-        rows.append([*row, signed(fmean(changes)) if changes else ""])
-    head = ["method"]
-    for title, part in parts.items():
-        head += [f"{len(part)} {title}, mean", "worst"]
-    return markdown_table([*head, "accuracy or R², points"], rows)
+        row.append(signed(fmean(changes)) if changes else "")
+    return markdown_table(["method", *head, "accuracy or R², points"], rows)
+
+
+def titled(tables: Sequence[TaskResults]) -> dict[str, list[TaskResults]]:
+    """Return those of networks and those of linear problems, under what they are called."""
+    return dict(zip(("networks", "linear problems"), apart(tables), strict=True))
+
+
+def compared(
+    methods: Mapping[str, str], parts: Mapping[str, Sequence[TaskResults]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return two columns for each part, and a row for each method, which begins with its name."""
+    head = [text for title, part in parts.items() for text in (f"{len(part)} {title}, mean", "worst")]
+    rows = [[name, *(cell for part in parts.values() for cell in cells(part, m))] for m, name in methods.items()]
+    return head, rows
 
 
 def cells(tables: Sequence[TaskResults], method: str) -> list[str]:
@@ -111,7 +127,7 @@ def every_task(tables: Sequence[TaskResults]) -> str:
 
 def groupings(tables: Sequence[TaskResults]) -> str:
     """Return a row for each network: losses relative to tuned, with one scale and with one for each group."""
-    networks = [table for table in apart(tables)[0] if f"{TEACHER}/part" in table.lines]
+    networks = with_part_scales(tables)
     methods = {TEACHER: "one scale"} | {f"{TEACHER}/{name}": title for name, title in GROUPINGS_SAID.items()}
     rows = [[table.task.name, *(relative(table.ratio(method)) for method in methods)] for table in networks]
     found = [over(networks, method) for method in methods]
@@ -119,12 +135,16 @@ def groupings(tables: Sequence[TaskResults]) -> str:
     return markdown_table(["loss / tuned", *methods.values()], rows)
 
 
+def with_part_scales(tables: Sequence[TaskResults]) -> list[TaskResults]:
+    """Return those of networks that have also been trained with a scale for each part."""
+    return [table for table in apart(tables)[0] if f"{TEACHER}/part" in table.lines]
+
+
 def part_rates(tables: Sequence[TaskResults]) -> str:
     """Return a row for each network: the learned lr, that of each part, and by how much these differ."""
     rows = []
-    for table in apart(tables)[0]:
-        if not (learned := learned_lrs(table, f"{TEACHER}/part")):
-            continue
+    for table in with_part_scales(tables):
+        learned = learned_lrs(table, f"{TEACHER}/part")
         apart_by = number(max(learned) / min(learned), ".2g")
         rows.append([table.task.name, number(table.rate(TEACHER), ".2g"), said(learned), apart_by])
     return markdown_table(["learned lr", "one scale", "each part, first to last", "largest / smallest"], rows)
@@ -168,13 +188,8 @@ def search(tables: Sequence[TaskResults]) -> str:
         "networks without a warm-up": [table for table in networks if not table.task.warm_up],
         "linear problems": linear,
     }
-    head = ["loss / tuned"]
-    rows = [["with the search"], ["without"]]
-    for title, part in parts.items():
-        head += [f"{len(part)} {title}, mean", "worst"]
-        for row, method in zip(rows, (TEACHER, NO_SEARCH), strict=True):
-            row += cells(part, method)
-    return markdown_table(head, rows)
+    head, rows = compared({TEACHER: "with the search", NO_SEARCH: "without"}, parts)
+    return markdown_table(["loss / tuned", *head], rows)
 
 
 def in_short(tables: Sequence[TaskResults]) -> str:
@@ -191,12 +206,10 @@ def learned(tables: Sequence[TaskResults]) -> str:
 
 
 def _said_of(tables: Sequence[TaskResults], method: str) -> str:
-    said = []
-    for title, part in zip(("networks", "linear problems"), apart(tables), strict=True):
-        if (found := over(part, method)) is not None:
-            worst = f"{relative(found.worst)} ({found.where.removeprefix('linear-')})"
-            said.append(f"{relative(found.mean)} in the mean of {found.tasks} {title}, at worst {worst}")
-    return "; ".join(said)
+    parts = {title: (len(part), *cells(part, method)) for title, part in titled(tables).items()}
+    return "; ".join(
+        f"{mean} in the mean of {n} {title}, at worst {worst}" for title, (n, mean, worst) in parts.items() if mean
+    )
 
 
 def behind(tables: Sequence[TaskResults]) -> str:

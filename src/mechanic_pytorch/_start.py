@@ -74,7 +74,7 @@ class Numbers(NamedTuple):
     penalty: float
 
 
-def at_lr_near_one(step: Callable[..., Any]) -> Callable[..., Any]:
+def at_lr_one(step: Callable[..., Any]) -> Callable[..., Any]:
     """Let a step find every lr multiplied by one number."""
 
     @functools.wraps(step)

@@ -174,7 +174,7 @@ class Mechanic(Optimizer):
     _options_compared = False
 
     @torch.no_grad()
-    @_start.at_lr_near_one
+    @_start.at_lr_one
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Take one step of the base optimizer, rescaled.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mechanic_pytorch.kernels import for_loop
+from mechanic_pytorch.kernels import for_loop, foreach
 from mechanic_pytorch.kernels.rule import Rule
 
 Part: TypeAlias = Tensor | tuple[Tensor, ...]  # what a block has of one list: a slice, or the tensors of a pack
@@ -53,7 +53,7 @@ def move(
     keep: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    change = (new_scale if keep is None else keep * new_scale) - old_scale
+    change = for_loop.change_of_factor(old_scale, new_scale, keep)
     lists = [params, before, deltas, *([] if compensations is None else [compensations])]
     for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
@@ -76,6 +76,7 @@ def step_and_move(
     lists = [params, grads, deltas, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
     shrink, rest = rule.without_decay()
+    change = for_loop.change_of_factor(old_scale, new_scale, keep)
     for indices, *parts in _blocks(*lists, *rule.states, small=SMALL_STEP if compensations is None else SMALL):
         (xs, gs, *ours), states = parts[:n], [_tensors(part) for part in parts[n:]]
         if compensations is not None:
@@ -92,10 +93,10 @@ def step_and_move(
         if shrink is None:
             torch._foreach_sub_(updates, xs)
         if keep is None:
-            _sgd(xs, updates, ds, lr=old_scale - new_scale)
+            _sgd(xs, updates, ds, lr=-change)
             _sgd(xs, updates, (), lr=-old_scale)
         else:
-            _sgd(xs, ds, (), lr=old_scale - keep * new_scale)
+            _sgd(xs, ds, (), lr=-change)
             _sgd(xs, updates, (), lr=-new_scale)
             _add(ds, updates, keep)
 
@@ -122,14 +123,11 @@ def _move_slice(
 
 
 def _add(deltas: tuple[Tensor, ...], updates: tuple[Tensor, ...], keep: Tensor | None) -> None:
-    """Make delta = keep * delta + update."""
-    if keep is None:
-        torch._foreach_add_(deltas, updates)
-    elif len(deltas) == 1:  # in one pass
+    """Make delta = keep * delta + update, of a single one in one pass."""
+    if keep is not None and len(deltas) == 1:
         torch.addcmul(updates[0], deltas[0], keep, out=deltas[0])
     else:
-        torch._foreach_mul_(deltas, keep)
-        torch._foreach_add_(deltas, updates)
+        foreach.add(deltas, updates, keep)
 
 
 def _move_pack(
@@ -152,10 +150,9 @@ def _move_pack(
     xs, deltas = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", deltas)
     update = after.sub_(start)
     pieces = _unpacked(update, xs)  # they share its memory
-    old_scale, new_scale, keep = scales
+    _, new_scale, keep = scales
     _add(deltas, pieces, keep)
-    change = (new_scale if keep is None else keep * new_scale) - old_scale
-    update.mul_(new_scale).addcmul_(delta, change).add_(start)
+    update.mul_(new_scale).addcmul_(delta, for_loop.change_of_factor(*scales)).add_(start)
     torch._foreach_copy_(xs, pieces)
 
 

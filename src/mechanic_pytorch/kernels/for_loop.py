@@ -32,7 +32,7 @@ def move(
     keep: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    change = (new_scale if keep is None else keep * new_scale) - old_scale
+    change = change_of_factor(old_scale, new_scale, keep)
     for i, (x, x_before, delta) in enumerate(zip(params, before, deltas, strict=True)):
         start = x_before.to(delta.dtype)
         update = x.to(delta.dtype) - start
@@ -53,3 +53,8 @@ def move(
             still = step == 0
             x.copy_(torch.where(still, x_before, x))
             compensations[i].copy_(torch.where(still, lost, rest))
+
+
+def change_of_factor(old_scale: Tensor, new_scale: Tensor, keep: Tensor | None) -> Tensor:
+    """Return by how much the factor of the old delta in the parameters changes: keep * new_scale - old_scale."""
+    return (new_scale if keep is None else keep * new_scale) - old_scale

@@ -4,11 +4,15 @@ The lists are worked through in chunks, so that the scratch memory does not grow
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mechanic_pytorch.kernels.for_loop import change_of_factor
 from mechanic_pytorch.kernels.rule import Rule
+
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 CHUNK = 2**24  # numbers: enough to fill a GPU, and some arrays of them are little beside a model that is larger
 
@@ -95,7 +99,7 @@ def _measure(params: list[Tensor], grads: list[Tensor], deltas: list[Tensor]) ->
     return torch.stack([*products, *squares])
 
 
-def _add(deltas: list[Tensor], updates: tuple[Tensor, ...], keep: Tensor | None) -> None:
+def add(deltas: Tensors, updates: Tensors, keep: Tensor | None) -> None:
     """Make delta = keep * delta + update."""
     if keep is not None:
         torch._foreach_mul_(deltas, keep)
@@ -116,9 +120,9 @@ def _move(
     start = [x_before.to(dtype) for x_before in before]
     # Everything that allocates comes first: running out of memory then leaves the deltas as they were.
     update = torch._foreach_sub([x.to(dtype) for x in params], start)
-    step = torch._foreach_mul(deltas, (new_scale if keep is None else keep * new_scale) - old_scale)
+    step = torch._foreach_mul(deltas, change_of_factor(old_scale, new_scale, keep))
     if compensations is None:
-        _add(deltas, update, keep)
+        add(deltas, update, keep)
         torch._foreach_mul_(update, new_scale)
         torch._foreach_add_(step, update)
         torch._foreach_copy_(params, before)
@@ -130,7 +134,7 @@ def _move(
         for tensor, mask in zip(lost, overwritten, strict=True):
             tensor.masked_fill_(mask, 0.0)
         torch._foreach_add_(start, lost)
-        _add(deltas, update, keep)
+        add(deltas, update, keep)
         torch._foreach_mul_(update, new_scale)
         torch._foreach_add_(step, update)
         torch._foreach_add_(start, step)
