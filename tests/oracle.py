@@ -47,57 +47,74 @@ class Oracle:
 
 
 class AutoOracle:
-    """`s_init="auto"`: Algorithm 1 on c * delta, with a relative s_init, eps in units of |g| |x|, and losses halved.
+    """`s_init="auto"`: plain steps at a scale that is learned by bets on the way gone, said in one vector.
 
-    The units are really changed here: what the tuner remembers is rescaled whenever c is. Decay is counted in the
-    longest |x| so far. All updates are kept, and delta is added up anew with their weights.
+    Gains are counted per way gone, not per delta: with D = x - x_ref, a step adds -(share of the scale) * <D, g>.
     """
 
-    def __init__(self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), eps=1e-8):
+    def __init__(self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)):
         self.x = [np.array(xi, dtype=np.float64) for xi in x]
-        self.delta = [np.zeros_like(xi) for xi in self.x]
-        self.updates, self.weights = [], []
-        self.largest, self.is_found = 0.0, False
-        self.base, self.s_decay, self.eps, self.s_init = base, s_decay, eps, 1e-3
-        self.beta = np.array(betas, dtype=np.float64)
+        self.base, self.s_decay, self.beta = base, s_decay, np.array(betas, dtype=np.float64)
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
-        self.c, self.highest_lr, self.longest, self.scale = None, 0.0, 1.0, 0.0
+        self.reference = flat(self.x)
+        self.pace, self.highest, self.longest = None, 0.0, 0.0
+        self.renewed = []  # the steps at which the scale was learned anew
 
     def step(self, g, lr):
-        g_norm = np.sqrt(sum(np.sum(gi**2) for gi in g))
-        x_norm = np.sqrt(sum(np.sum(xi**2) for xi in self.x))
-        delta_norm = np.sqrt(sum(np.sum(di**2) for di in self.delta))
-        self.longest = max(self.longest, x_norm)
-        if self.c is None and delta_norm > 0 and g_norm > 0:
-            self.first = max(x_norm, 1)
-            self.c = self.first / delta_norm
-            self.eps_unit = g_norm * max(x_norm, 1)
-        if lr > self.highest_lr:
-            if self.c is not None:
-                ratio = self.highest_lr / lr
-                self.c, self.m, self.v, self.s = self.c * ratio, self.m * ratio, self.v * ratio**2, self.s / ratio
-            self.highest_lr = lr
-        if self.c is not None:
-            s_decay = self.s_decay * self.first / self.longest
-            decayed = [gi + s_decay * self.s.sum() * g_norm * xi / x_norm for gi, xi in zip(g, self.x, strict=True)]
-            h = sum(np.sum(self.c * di * gi) for di, gi in zip(self.delta, decayed, strict=True))
-            self.m = np.maximum(self.beta * self.m, abs(h))
-            self.v = self.beta**2 * self.v + h**2
-            loss = self.s * h
-            self.r = np.maximum(0, self.beta * self.r - np.where(loss > 0, loss / 2, loss))
-            wealth = self.s_init / len(self.beta) * self.m + self.r
-            self.s = wealth / (np.sqrt(self.v) + self.eps * self.eps_unit)
-        scale = 0.0 if self.c is None else self.s.sum() * self.c
-        if not self.is_found and scale > self.largest:  # an update weighs as much as the scale was large
-            self.weights = [w * self.largest / scale for w in self.weights]
-        self.largest = max(self.largest, scale)
-        self.is_found |= scale < 0.75 * self.largest
-        self.updates.append(self.base(self.x, g))
-        self.weights.append(1.0)
-        self.x = [xi - self.scale * di for xi, di in zip(self.x, self.delta, strict=True)]
-        self.delta = [np.tensordot(self.weights, np.stack(us), 1) for us in zip(*self.updates, strict=True)]
-        self.x = [xi + scale * di for xi, di in zip(self.x, self.delta, strict=True)]
-        self.scale = scale
+        self.highest = max(self.highest, lr)
+        x, gradient = flat(self.x), flat(g)
+        length = 1.0
+        if self.pace is not None:
+            length = self.learn(x, gradient, lr)
+        u = self.base(self.x, g)
+        if self.pace is None and norm(flat(u)) > 0 and norm(gradient) > 0:
+            self.begin(x, gradient, norm(flat(u)) / lr)
+        self.x = [xi + self.s.sum() * length * ui for xi, ui in zip(self.x, u, strict=True)]
+
+    def begin(self, x, g, pace):
+        self.pace, self.usual = pace, norm(g)
+        self.longest = norm(x) or 1.0
+        self.least = 1e-3 * self.longest / pace  # an effective lr
+        self.s[:] = self.least / self.highest / len(self.s)
+        self.peak, self.time, self.is_found = self.s.sum(), 0.0, False
+
+    def learn(self, x, g, lr):
+        self.longest = max(self.longest, norm(x))
+        length = min(1.0, 3 * self.usual / norm(g))
+        self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
+        way, scale = x - self.reference, self.s.sum()
+        decay = self.s_decay * self.pace * self.highest / self.longest
+        h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
+        m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
+        gain = -self.s * h
+        r = np.maximum(0, self.beta * self.r + np.where(gain < 0, gain / 2, gain))
+        s = (self.least / self.highest / len(self.s) * m + r) / np.sqrt(v) if v.all() else self.s
+        w = lr / self.highest if self.is_found else float(lr > 0)
+        self.m, self.v, self.r, self.s = (
+            (1 - w) * old + w * new for old, new in zip((self.m, self.v, self.r, self.s), (m, v, r, s), strict=True)
+        )
+        now = self.s.sum()
+        self.is_found |= now < 0.75 * self.peak
+        if now < 0.1 * self.peak:
+            self.renewed.append(now / self.peak)
+            self.peak = max(now, 0.3 * self.peak)
+            self.m, self.v, self.r = np.zeros((3, len(self.s)))
+            self.s = np.full(len(self.s), self.peak / len(self.s))
+            self.least, self.reference, self.time = self.peak * self.highest, x, w
+            return length
+        self.peak = max(self.peak, now)
+        if self.is_found:
+            self.time += w
+            self.reference = self.reference + w * 0.3 / (self.time + 8.3) * way
+        return length
+
+
+def flat(arrays):
+    return np.concatenate([np.ravel(a) for a in arrays])
+
+
+def norm(vector):
+    return float(np.linalg.norm(vector))
 
 
 def sgd(lr, momentum=0.0, weight_decay=0.0):

@@ -21,7 +21,7 @@ ALLOWED = {
     "_patch": {"_base", "_state", "mechanic"},
     "_report": {"_base", "_patch", "telemetry"},
     "_run": {"_config", "_patch", "_report"},
-    "_start": {"_base", "_buckets", "_state", "distributed"},
+    "_start": {"_base", "_buckets", "_control", "_state", "distributed"},
     "_state": {"_config", "distributed"},
     "_steps": {"_base", "_buckets", "_state", "_warnings"},
     "_warnings": {"_base", "_buckets", "_state"},

@@ -41,7 +41,7 @@ WARM_UP = {"constant": lambda t: 1.0, "warm-up": lambda t: min(1.0, t / 20), "de
 @pytest.mark.parametrize("schedule", WARM_UP)
 @pytest.mark.parametrize("name", ["SGD", "momentum", "AdamW"])
 def test_equals_the_tuner_run_in_other_units(name, schedule, begins):
-    lr, steps = 1e-3, 60
+    lr, steps = 1e-3, 200
     start, gradients = objective(0)
     if begins == "near zero":  # the parameters become long on the way, which is what decay is measured by
         start = [1e-6 * x for x in start]
@@ -56,14 +56,33 @@ def test_equals_the_tuner_run_in_other_units(name, schedule, begins):
     theirs = oracle.AutoOracle(start, lambda x, g: [now["lr"] * u for u in rule(x, g)])
     for t in range(steps):
         now["lr"] = ours.param_groups[0]["lr"] = lr * WARM_UP[schedule](t)
-        for p, g in zip(params, gradients([p.detach().numpy() for p in params], t), strict=True):
+        for p, g in zip(params, gradients([p.detach().numpy() for p in params], t % 60), strict=True):
             p.grad = torch.tensor(g)
         ours.step()
-        theirs.step(gradients(theirs.x, t), now["lr"])
-    assert theirs.s.sum() > 1e-3
-    assert begins == "at random" or theirs.longest > 1.5
+        theirs.step(gradients(theirs.x, t % 60), now["lr"])
+    assert theirs.longest > 1e3 * oracle.norm(oracle.flat(start)) or begins == "at random"
+    assert theirs.is_found or begins == "near zero" or schedule == "decay"
     for p, x in zip(params, theirs.x, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_scale_that_was_wrong_is_learned_anew(name):
+    """The gradient turns round at step 60, and back: what was bet on is over. One gradient is too long."""
+    start, gradients = objective(0)
+    params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
+    ours = auto(name, params)
+    rule = oracle.sgd(1.0) if name == "SGD" else oracle.adamw(1.0, weight_decay=0.1)
+    theirs = oracle.AutoOracle(start, rule)
+    for t in range(120):
+        factor = -1.0 if 60 <= t < 80 else 20.0 if t == 90 else 1.0
+        for p, g in zip(params, gradients([p.detach().numpy() for p in params], t % 60), strict=True):
+            p.grad = torch.tensor(factor * g)
+        ours.step()
+        theirs.step([factor * g for g in gradients(theirs.x, t % 60)], 1.0)
+    assert theirs.renewed
+    for p, x in zip(params, theirs.x, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-7, atol=1e-7 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -91,42 +110,30 @@ def test_float32_runs_at_any_lr_are_the_same(name):
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SGD", "momentum"])
+@pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("schedule", WARM_UP)
-def test_a_search_makes_plain_steps_until_the_scale_falls(name, schedule):
-    """As long as it rises, x moves by S * u; then delta sums up, as in Algorithm 1. Always, x = x_1 + S * delta."""
+def test_every_step_is_a_plain_step_at_the_learned_scale(name, schedule):
+    """Whatever the scale has done: x moves by S * u, and u is the update of a plain base that has seen the same."""
     model, twin = mlp(torch.float64), mlp(torch.float64)
     base, options = BASES[name]
     optimizer, plain = auto(name, model.parameters()), base(twin.parameters(), lr=1.0, **options)
-    start = [p.detach().clone() for p in model.parameters()]
-    scales, rising = [0.0], True
+    scales, lengths = [], []
     for t in range(60):
-        before, deltas = [p.detach().clone() for p in model.parameters()], sums(model, optimizer)
+        before = [p.detach().clone() for p in model.parameters()]
         plain.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = WARM_UP[schedule](t)
         with torch.no_grad():
             for p, q in zip(model.parameters(), twin.parameters(), strict=True):
                 q.copy_(p)
         train(model, optimizer, 1, first=t)
         train(twin, plain, 1, first=t)
-        scale = float(optimizer.scale)
-        keep = max(scales) / scale if rising and scale > max(scales) else 1.0
-        scales.append(scale)
-        rising &= scale >= 0.75 * max(scales)
-        updates = [q.detach() - x for q, x in zip(twin.parameters(), before, strict=True)]
-        expected = [keep * d + u for d, u in zip(deltas, updates, strict=True)]
-        torch.testing.assert_close(sums(model, optimizer), expected, rtol=1e-9, atol=1e-12)
-        if keep < 1.0 and scales[-2] == max(scales[:-1]):
-            moved = [p.detach() - x for p, x in zip(model.parameters(), before, strict=True)]
-            torch.testing.assert_close(moved, [scale * u for u in updates], rtol=1e-9, atol=1e-12)
-        way = [p.detach() - x for p, x in zip(model.parameters(), start, strict=True)]
-        torch.testing.assert_close(way, [scale * d for d in sums(model, optimizer)], rtol=1e-9, atol=1e-12)
-    assert not rising, "the search must come to its end"
-    assert max(scales) > 20 * scales[2], "and the scale must have grown before"
-
-
-def sums(model, optimizer):
-    zero = torch.zeros((), dtype=torch.float64)
-    return [optimizer.state[p].get("mechanic_delta", zero).expand_as(p).clone() for p in model.parameters()]
+        scales.append(float(optimizer.scale))
+        moved = oracle.flat([(p.detach() - x).numpy() for p, x in zip(model.parameters(), before, strict=True)])
+        u = oracle.flat([(q.detach() - x).numpy() for q, x in zip(twin.parameters(), before, strict=True)])
+        lengths.append(1.0 if not u.any() or not scales[-1] else moved @ u / (u @ u) / scales[-1])
+        np.testing.assert_allclose(moved, lengths[-1] * scales[-1] * u, rtol=1e-6, atol=1e-12)
+    assert max(lengths) < 1 + 1e-6, "a step is shortened after a long gradient, never lengthened"
+    assert sum(length > 1 - 1e-6 for length in lengths) > 50
+    assert len({f"{s:.3g}" for s in scales}) > 20, "the scale must have changed"
 
 
 def scale_after(model, optimizer, steps=150, **options):
@@ -153,9 +160,9 @@ def test_the_start_waits_for_an_update_and_a_gradient(name):
     model = mlp()
     optimizer = auto(name, model.parameters())
     schedule = LambdaLR(optimizer, lambda t: 0.0 if t < 3 else 1.0)
-    for t in range(6):
+    for t in range(5):
         optimizer.zero_grad()
-        (loss_of(model, t) * (0.0 if t in (4, 5) else 1.0)).backward()
+        (loss_of(model, t) * (0.0 if t in (3, 4) else 1.0)).backward()
         optimizer.step()
         schedule.step()
         assert optimizer.param_groups[0]["mechanic_unit"][0] == 0, t
@@ -272,8 +279,7 @@ def test_a_checkpoint_of_another_kind_of_start_is_refused():
 def test_a_skipped_first_gradient_is_not_taken_for_the_start():
     model = mlp()
     optimizer = auto("AdamW_fused", model.parameters())
-    train(model, optimizer, 1)
-    loss_of(model, 1).backward()
+    loss_of(model, 0).backward()
     model[0].weight.grad[0, 0] = torch.nan
     optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -292,7 +298,7 @@ def test_once_begun_it_costs_nothing():
             optimizer.step()
     assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
     small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
-    assert small["measure"] < 35  # operations on six numbers
+    assert small["measure"] < 100  # operations on a few numbers
     assert counts["auto"].count["dot"] == counts[1e-8].count["dot"]
 
 

@@ -66,7 +66,8 @@ def build(name, dtype=torch.float32, **mechanic_options):
 def assert_same(model, optimizer, twin, other, **tolerance):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, **tolerance)
-        torch.testing.assert_close(optimizer.state[p]["mechanic_delta"], other.state[q]["mechanic_delta"], **tolerance)
+        slot = "mechanic_reference" if optimizer.mechanic_config.s_init == "auto" else "mechanic_delta"
+        torch.testing.assert_close(optimizer.state[p][slot], other.state[q][slot], **tolerance)
     torch.testing.assert_close(optimizer.scale, other.scale, **tolerance)
 
 

@@ -15,7 +15,8 @@ import oracle
 from bases import CASES
 from counting import Operations, transient_bytes
 from mechanic_pytorch import mechanize
-from mechanic_pytorch._control import NOT_IN_PROPORTION, at_most
+from mechanic_pytorch._control import NOT_IN_PROPORTION, bounded
+from mechanic_pytorch._state import TunerState
 from problems import loss_of, mlp, train
 from test_compile import Graphs
 from test_counts import large
@@ -367,7 +368,7 @@ def test_compiled(name):
 def test_the_bound_is_exact(scales, max_lr, lr, double):
     dtype = torch.float64 if double else torch.float32
     s = torch.tensor(scales, dtype=dtype)
-    capped = at_most(s, max_lr / torch.tensor(lr, dtype=dtype))
+    capped = bounded(TunerState(s, s, s, s), max_lr / torch.tensor(lr, dtype=dtype)).scales
     assert (capped >= 0).all()
     for order in (capped, capped.flip(0), capped.sort().values):
         assert lr * float(order.sum()) <= max_lr

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from .compare import TaskResults, apart, geometric, over, points
-from .methods import FIXED, LEARNED, NAMES, NO_SEARCH, TEACHER
+from .methods import FIXED, LEARNED, NAMES, TEACHER
 from .report import accuracies, compose, constants, markdown_table, number, signed
 
 GROUPINGS_SAID = {
@@ -179,19 +179,6 @@ def muon(tables: Sequence[TaskResults]) -> str:
     return markdown_table(head, rows)
 
 
-def search(tables: Sequence[TaskResults]) -> str:
-    """Return how "auto" fares with its search and without, over the tasks that have both."""
-    tables = [table for table in tables if NO_SEARCH in table.lines]
-    networks, linear = apart(tables)
-    parts = {
-        "networks": [table for table in networks if table.task.warm_up],
-        "networks without a warm-up": [table for table in networks if not table.task.warm_up],
-        "linear problems": linear,
-    }
-    head, rows = compared({TEACHER: "with the search", NO_SEARCH: "without"}, parts)
-    return markdown_table(["loss / tuned", *head], rows)
-
-
 def in_short(tables: Sequence[TaskResults]) -> str:
     """Return how "auto" fares, as a sentence."""
     return f"Final training loss, divided by that of the best learning rate of a grid: {_said_of(tables, TEACHER)}."
@@ -248,7 +235,6 @@ TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
     "overview": overview,
     "base rates": base_rates,
     "tasks": every_task,
-    "search": search,
     "in short": in_short,
     "learned": learned,
     "behind": behind,

@@ -3,7 +3,7 @@
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
 `ours-auto` has found, `ours@1e-04` ours at that base learning rate. These run only if they are asked for:
 `ours-auto/head` is ours with a scale for each group of one of the `GROUPINGS`, here for the body and for the last
-layer; `ablation@0.001,0.5` is `ours-auto` without its search (`_start.py`), and with that first scale and penalty.
+layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_start.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ FIXED = (
     "schedule-free",
     "adamw@1e-3",
 )
-NO_SEARCH = "ablation@0.001,0.5"  # and all else as in the package
 ABLATION = {
     f"ablation@{relative:g},{penalty:g}": (relative, penalty)
     for relative, penalty in [
@@ -241,12 +240,7 @@ def constants(method: str) -> Any:
     if method not in ABLATION:
         return contextlib.nullcontext()
     relative, penalty = ABLATION[method]
-    return unittest.mock.patch.multiple(_start, RELATIVE=relative, PENALTY=penalty, search=no_search)
-
-
-def no_search(unit: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> Any:
-    """Stand for `_start.search`: delta is the plain sum of updates from the first."""
-    return unit, (old, new)
+    return unittest.mock.patch.multiple(_start, RELATIVE=relative, PENALTY=penalty)
 
 
 def execute(job: Job, lr: float | None, peers: Path, threads: int) -> dict[str, Any]:

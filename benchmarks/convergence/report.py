@@ -144,7 +144,7 @@ def ablation(tables: list[TaskResults]) -> list[str]:
     """Return that table with its heading, nothing if there are no such results."""
     first, then = ([table.task.name for table in half] for half in _halves(tables))
     table = constants(tables)
-    about = f"Without the search. First to choose by: {', '.join(first)}. Then to confirm: {', '.join(then)}."
+    about = f"First to choose by: {', '.join(first)}. Then to confirm: {', '.join(then)}."
     return [f'## The constants of `s_init="auto"`\n\n{table}\n\n{about}'] if table else []
 
 

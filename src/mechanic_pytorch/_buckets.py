@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch import kernels
-from mechanic_pytorch._state import COMPENSATION, DELTA, accumulator_dtype
+from mechanic_pytorch._state import COMPENSATION, REFERENCE, accumulator_dtype, is_frozen, slot
 from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
 from mechanic_pytorch.kernels import Kernel
 
@@ -31,21 +31,24 @@ class Bucket:
     spread: Spread  # the process groups that hold the other parts
     tuner: tuple[int, ...]  # the index of its row, () if all share one
     sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
+    slot: str  # the key of what is stored for each parameter
     group: dict[str, Any]  # the parameter group of all of them, where that asks for `fused`; else, of the first
     owners: list[Tensor] = field(default_factory=list)
     state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     deltas: list[Tensor] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)  # with "auto": what `deltas` are measured from
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     is_new: bool = False  # some parameter takes part for the first time
 
     def add(self, p: Tensor, grad: Tensor, stored: dict[str, Tensor]) -> None:
         """Take in a parameter with its gradient and what is stored for it."""
         dtype = accumulator_dtype(p.dtype)
-        kept = {DELTA: _kept(stored, DELTA, p, dtype.to_complex() if p.is_complex() else dtype)}
-        delta = kept[DELTA]
-        self.is_new |= DELTA not in stored
+        start = p.detach() if self.slot == REFERENCE else None
+        kept = {self.slot: _kept(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)}
+        delta = kept[self.slot]
+        self.is_new |= self.slot not in stored
         self.owners.append(p)
         self.state.append(kept)
         if is_dtensor(p):
@@ -59,6 +62,15 @@ class Bucket:
             # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
             kept[COMPENSATION] = _kept(stored, COMPENSATION, self.owners[-1], torch.bfloat16)
             self.compensations.append(local(kept[COMPENSATION]))
+
+    def displace(self) -> None:
+        """With "auto", let the deltas be the way from the references to the parameters, what rounding took included."""
+        if self.slot != REFERENCE:
+            return
+        self.references = self.deltas
+        self.deltas = list(torch._foreach_sub(self.params, self.references))
+        if self.compensations:
+            torch._foreach_add_(self.deltas, self.compensations)
 
     def densify(self) -> None:
         """Replace sparse gradients by dense copies."""
@@ -94,9 +106,29 @@ def collect(optimizer: Any) -> tuple[list[Bucket], list[Spread]]:
             key = (tuner, p.device, p.dtype, over, sign, rule)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, group)
+                bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, slot(config), group)
             bucket.add(p, grad, optimizer.state.get(p, {}))
+    if not is_frozen(optimizer):
+        for bucket in buckets.values():
+            bucket.displace()
     return list(buckets.values()), list(spreads)
+
+
+def follow(buckets: list[Bucket], before: Sequence[Sequence[Tensor]], part: Tensor | None) -> None:
+    """Take the references this part of the way to where the parameters were before the step; None does nothing."""
+    if part is None:
+        return
+    for bucket, starts in zip(buckets, before, strict=True):
+        way = torch._foreach_sub(list(starts), bucket.references)
+        torch._foreach_mul_(way, part[bucket.tuner].to(bucket.references[0]))
+        torch._foreach_add_(bucket.references, way)
+
+
+def move(buckets: list[Bucket], before: list[list[Tensor]], scales: Sequence[Tensor]) -> None:
+    """Rescale the step that the base has made; `scales` are what kernels take, one per tuner."""
+    for bucket, starts in zip(buckets, before, strict=True):
+        converted = (scale[bucket.tuner].to(bucket.deltas[0]) for scale in scales)
+        bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
 
 
 def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
@@ -109,8 +141,10 @@ def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
                 state.pop(COMPENSATION, None)  # the parameter has been cast
 
 
-def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype) -> Tensor:
+def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:
     kept = stored.get(key)
+    if kept is None and start is not None:
+        return start.to(dtype, copy=True)
     if kept is None:
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
     if kept.shape != p.shape:

@@ -18,6 +18,7 @@ from torch.optim import ASGD, LBFGS, Adafactor, Rprop
 
 from mechanic_pytorch import _base, _buckets, _state, _steps
 from mechanic_pytorch._buckets import Bucket
+from mechanic_pytorch._state import TunerState
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
 # Their updates are not in proportion to lr: it is a first step size, a bound, part of a history, a first guess.
@@ -108,12 +109,15 @@ def _is_not_finite(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[
     return sum_over_processes(parts, spreads).isfinite().all().logical_not()
 
 
-def at_most(scales: Tensor, limit: Tensor) -> Tensor:
-    """Return the scales, made smaller by one factor if their sum, added up in whatever order, could exceed `limit`.
+def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
+    """Return the tuner, its scales made smaller by one factor if their sum, in any order, could exceed `limit`.
 
     Args:
-        scales: the vector s, shape (..., n).
-        limit: shape (...).
+        state: the vectors, shape (..., n).
+        limit: shape (...), or None, which bounds nothing.
     """
-    margin = 1 - (scales.shape[-1] + 8) * torch.finfo(scales.dtype).eps
-    return scales * (margin * limit / scales.sum(-1)).clamp_max(1.0).unsqueeze(-1)
+    if limit is None:
+        return state
+    margin = 1 - (state.scales.shape[-1] + 8) * torch.finfo(state.scales.dtype).eps
+    factor = (margin * limit / state.scales.sum(-1)).clamp_max(1.0).unsqueeze(-1)
+    return state._replace(scales=state.scales * factor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mechanic_pytorch import _base
+from mechanic_pytorch import _base, _buckets
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch.distributed import local
 from mechanic_pytorch.kernels.rule import Rule
@@ -57,6 +57,7 @@ def step_and_move(
     rules: Sequence[Rule],
     scales: Sequence[Tensor],
     skip: Tensor,
+    part: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, for all buckets; where `skip` holds, change nothing.
 
@@ -66,7 +67,9 @@ def step_and_move(
         rules: what `rules_of` returned for them.
         scales: what kernels take after the compensations, one per tuner.
         skip: whether to change nothing, shape ().
+        part: with "auto", how far the references follow, one per tuner.
     """
+    _buckets.follow(list(buckets), [bucket.params for bucket in buckets], part)
     grad_scale = getattr(optimizer, "grad_scale", None)
     for bucket, rule in zip(buckets, rules, strict=True):
         device = bucket.params[0].device

@@ -1,46 +1,39 @@
-r"""`s_init="auto"`: a start that knows no units, a search by plain steps, and bets whose losses count half.
+r"""`s_init="auto"`: plain steps of the base, at a scale that is learned from the way the weights have really gone.
 
-Three options are numbers with a unit. `s_init` is a scale, so it is compared with x / delta; `eps` is compared with h,
-which is an update times a gradient; `s_decay` weighs x / delta against 1. Multiply all updates of the base by a
-constant, which is what another base lr does, and the numbers mean something else.
+Algorithm 1 keeps x = x_ref + S * delta, so that a scale that falls takes the weights back along everything they have
+learned, and moves weights whose lr or gradient is 0. Here a step is the base's own, S times as long, and nothing else:
 
-Let u be the base's first update, g the gradient where it is seen first, |x_1| the length of the parameters there and
-|x| the longest that they have been so far, where less than 1 counts as 1. The run is that of Algorithm 1 with
+    x = x + S * u
 
-    s_init = 1e-3 * |x_1| / |u|,    s_decay = s_decay * |u| / |x|,    eps = eps * |g| * |u|
+What the base leaves alone stays to the bit. S is learned by the same bets (`tune`), on D = x - x_ref, the way that the
+weights have really gone: with delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two
+steps (clamping, projection, averaging, loading) is in D. Five rules replace the constants of Algorithm 1:
 
-so that at first an update moves the parameters by 1e-3 of their length, and decay weighs the scale against the one at
-which it would move them by their whole length. Multiplying all updates by a constant then changes nothing, up to
-rounding. Decay goes by the longest |x|, for the first may say nothing: a classifier that starts at zero ends far from
-there, and taking its length for 1 all the way makes the learned scale up to four times smaller. Under a warm-up the
-first updates are small because lr is: |u| is that of the first update, rescaled to the largest lr so far.
+**Start.** |u| is the length of the first update and |x| that of the weights then (1 if they are all 0). The first step
+already moves the weights by 1e-3 of their length: s_init = 1e-3 * |x| / |u|. s_decay is counted in |u| / (the longest
+|x| so far), and eps is 0. Multiplying all updates by a constant then changes nothing: so no base lr matters. Until an
+update and a gradient have come that are not zero, the scale is 0. Under a warm-up |u| is rescaled to the largest lr.
+
+**Time.** A step whose lr is the part w of the largest so far counts as the part w of a step: the tuner's new vectors
+are old + w * (new - old). At lr 0 nothing changes, and no schedule that ends can drive the scale. While the scale is
+searched for, until it has fallen to 3/4 of its largest, w is 1, because the schedule may be over soon.
+
+**Memory.** After the search x_ref follows the weights: each step takes it nearer by 0.3 / (steps since then), so that
+D is mostly the way of the later part of the run, and where it began is forgotten slowly.
+
+**Falls.** A scale that has fallen to a tenth of its largest was wrong, or its bets were about another problem. It goes
+on from three tenths of the largest (or from where it is, if that is more), with x_ref = x and vectors that have seen
+nothing; that scale is the new s_init. So the scale comes down by steps of a third at worst, and grows on new evidence.
+
+**Bad batches.** A gradient more than 3 times as long as the longest of late makes a step that is shorter in proportion.
+
+Losses count half against gains (`penalty`): a schedule that decays takes noise out of the weights by itself later on,
+so the scale that pays best at each moment is too small for the end. docs/convergence.md has what these constants were
+chosen on. With `per_group`, all of this is said of each parameter group by itself.
 
 Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
 step therefore runs with every lr multiplied by one number, chosen before the first update such that the largest base lr
-becomes 1, and `scale` is given for the lr that the user sees. That is the run at lr 1, up to the last bit of the lr:
-runs at other base lrs do not even round differently.
-
-x, g and u are those of all parameters together, in all processes. Until an update and a gradient have come that are not
-zero, there is no |u|, and no scale. With `per_group`, all of this is said of each parameter group by itself.
-
-The second difference from Algorithm 1 is how the scale is searched. It begins far too small and grows by a part of
-itself in each step, while the weights hardly move: the updates of that time are made at almost the same weights, are
-much alike, and weigh in the sum as much as any later one. A larger scale, which stretches all of the sum, is then too
-large for them long before it is for the next update. (A warm-up hides this, for it makes early updates small.) So at
-first an update weighs what its scale could do: with S_k the largest scale up to step k, delta = sum_k (S_k / S_t) *
-u_k. That is to multiply delta by S_{t-1} / S_t before u_t is added; and while the scale rises, the weights then move by
-S_t * u_t alone: plain steps at a rising learning rate, as in a learning-rate range test. Once the scale has fallen to
-three quarters of its largest, the search is over, and the sum is Algorithm 1's from there on. The tuner itself is
-Algorithm 1's throughout: the base that it scales has updates of growing weight at first. A parameter without a gradient
-in a step keeps its part of delta.
-
-The third difference is the penalty. A step adds -s * h to a reward: what the loss gained, or lost, by the scale having
-been s. Noise in the gradient makes a large scale lose now, though a schedule that decays will take that noise out of
-the weights by itself later on; so the scale that pays best at each moment is too small for the end. A step that lost
-therefore counts half. How far this can go: the scale settles where gains are half of losses, which for normally
-distributed h is where its mean is 0.28 of its standard deviation instead of 0. h is one number, so that is the noise of
-the gradient in one direction. docs/convergence.md has the measurements from which the numbers were chosen: 1e-3, one
-half and three quarters.
+becomes 1, and `scale` is given for the lr that the user sees.
 """
 
 from __future__ import annotations
@@ -54,14 +47,20 @@ import torch
 from torch import Tensor
 
 from mechanic_pytorch import _state
-from mechanic_pytorch._base import can_ask_host, largest_lr, lr_times, lrs
+from mechanic_pytorch._base import can_ask_host, lr_times, lrs
 from mechanic_pytorch._buckets import Bucket
-from mechanic_pytorch._state import DELTA, LR_FACTOR, UNIT
+from mechanic_pytorch._control import bounded
+from mechanic_pytorch._state import LR_FACTOR, REFERENCE, UNIT, TunerState
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
-RELATIVE = 1e-3  # by how much of their length the first update moves the parameters
-FALL = 0.75  # of its largest, to which the scale has to fall for the search to be over
+RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 PENALTY = 0.5  # what a step that lost counts, against one that gained
+FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
+LOST = 0.1  # of its largest, to which it has to fall to be learned anew
+REGAINED = 0.3  # of its largest, from which it then goes on
+FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
+LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
+LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
 
 
 class Numbers(NamedTuple):
@@ -72,6 +71,18 @@ class Numbers(NamedTuple):
     s_init: float | Tensor
     eps: float | Tensor
     penalty: float
+
+
+class Memory(NamedTuple):
+    """What is remembered of the run, shape (...) each, all 0 at first; stored side by side."""
+
+    pace: Tensor  # |u| / lr of the first update
+    longest: Tensor  # |x|
+    highest: Tensor  # lr
+    floor: Tensor  # s_init, times the highest lr
+    peak: Tensor  # the largest scale since it was last learned anew
+    age: Tensor  # 0 while the scale is searched for; then 1 + the steps since, each counted by its lr
+    gradient: Tensor  # the longest |g| of late
 
 
 def at_lr_one(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +100,7 @@ def lr_factors(optimizer: Any) -> list[float]:
     """Return the number by which the lr of each group is multiplied in a step, 1 without `s_init="auto"`."""
     if optimizer.mechanic_config.s_init == "auto" and not optimizer._start_is_known and can_ask_host():
         for home, groups in _state.tuners(optimizer):
-            if not any(DELTA in optimizer.state.get(p, {}) for group in groups for p in group["params"]):
+            if not any(REFERENCE in optimizer.state.get(p, {}) for group in groups for p in group["params"]):
                 highest = max(lrs(groups, "initial_lr"))
                 factor = 1 / highest if highest else 1.0
                 home[LR_FACTOR] = factor if 0 < factor < math.inf else 1.0
@@ -97,59 +108,148 @@ def lr_factors(optimizer: Any) -> list[float]:
     return _state.for_each_group(optimizer, factors)
 
 
-def begin(optimizer: Any, buckets: Sequence[Bucket], spreads: Sequence[Spread], dots: Tensor) -> tuple[Tensor, Numbers]:
-    """Return what is to be remembered of the start, if this step is made, and the options for it."""
-    delta_squared = None
-    if not optimizer._start_is_known:
-        parts = {spread: torch.zeros_like(dots) for spread in [(), *spreads]}
-        for bucket in buckets:
-            part = bucket.kernel.measure(bucket.deltas, bucket.deltas, bucket.deltas)
-            parts[bucket.spread][bucket.tuner].add_(part.to(dots))
-        delta_squared = sum_over_processes(parts, spreads)[..., 0]
-    unit = next_unit(_state.read(optimizer, UNIT), dots, delta_squared, largest_lr(optimizer, dots))
+def read(optimizer: Any) -> Memory:
+    """Return what is remembered: a number for each tuner."""
+    return Memory(*_state.read(optimizer, UNIT).unbind(-1))
+
+
+def is_known(optimizer: Any) -> bool:
+    """Return True if every tuner has had its first scale; asked of the host until it is so."""
     if not optimizer._start_is_known and can_ask_host():
-        optimizer._start_is_known = bool((unit[..., 0] > 0).all())
-    config = optimizer.mechanic_config
-    return unit, relative(config.betas, config.s_decay, config.eps, unit)
+        optimizer._start_is_known = bool((read(optimizer).pace > 0).all())
+    return bool(optimizer._start_is_known)
 
 
-def search(unit: Tensor | None, old: Tensor, new: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Return what is remembered of the start, after this step, and the numbers by which a kernel moves.
+def together(memory: Memory | None) -> Tensor | None:
+    """Return it as it is stored, shape (..., 7)."""
+    return None if memory is None else torch.stack(memory, -1)
+
+
+def learn(
+    optimizer: Any, old: TunerState, dots: Tensor, lr: float | Tensor, tune: Callable[..., TunerState]
+) -> tuple[TunerState, Memory | None, Tensor | None, Tensor | None]:
+    """Return the tuner after this step; with "auto" also what is remembered, how long a step is, how far x_ref goes.
 
     Args:
-        unit: as `begin` returns it, shape (..., 6); None without `s_init="auto"`.
-        old: the scale of the last step, shape (...).
-        new: that of this step.
+        optimizer: the optimizer.
+        old: its vectors.
+        dots: the four sums, before the base's step.
+        lr: the largest of this step's.
+        tune: Algorithm 1.
     """
-    if unit is None:
-        return None, (old, new)
-    largest = unit[..., 5]
-    keep = torch.where(new > largest, largest / new, 1.0)
-    largest = torch.where(new < FALL * largest, math.inf, torch.maximum(largest, new))
-    return torch.cat([unit[..., :5], largest.unsqueeze(-1)], -1), (old, new, keep)
+    config, limit = optimizer.mechanic_config, scale_limit(optimizer, lr)
+    if config.s_init != "auto":
+        return bounded(tune(old, dots, config), limit), None, None, None
+    memory, sums, numbers, length = bet(old, read(optimizer), dots, lr, config.betas, config.s_decay)
+    new, memory, part = settle(old, bounded(tune(old, sums, numbers), limit), memory, lr)
+    return bounded(new, limit), memory, length, part
 
 
-def next_unit(unit: Tensor, dots: Tensor, delta_squared: Tensor | None, lr: float | Tensor) -> Tensor:
-    """Return what is remembered, shape (..., 6): `[|u| / lr, |g|, |x_1|, |x|, lr, S]`; zeros while unknown.
+def scales(old: TunerState, new: TunerState, length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the two scales by which a kernel moves; of a plain step, which has a length, they are one."""
+    scale = new.scales.sum(-1)
+    return (old.scales.sum(-1), scale) if length is None else (length * scale, length * scale)
+
+
+def scale_limit(optimizer: Any, lr: float | Tensor) -> Tensor | None:
+    """Return what `max_lr` bounds the scale by, None if it does not."""
+    max_lr = optimizer.mechanic_config.max_lr
+    return None if max_lr is None else max_lr / _state.highest_lr(optimizer, lr)
+
+
+def begin(
+    optimizer: Any,
+    buckets: Sequence[Bucket],
+    before: Sequence[Sequence[Tensor]],
+    spreads: Sequence[Spread],
+    state: TunerState,
+    memory: Memory,
+    dots: Tensor,
+    lr: float | Tensor,
+) -> tuple[TunerState, Memory]:
+    """Return the tuner with its first scale, if the step that the base has just made was the first with an update.
 
     Args:
-        unit: that of the last step; its lr is the one by which delta came about, S the largest scale while it is
-            searched, infinite from then on.
-        dots: the four sums, shape (..., 4).
-        delta_squared: |delta|^2, shape (...), as long as |u| may be unknown; None afterwards.
+        optimizer: the optimizer.
+        buckets: the parameters.
+        before: copies of these, from before the base's step.
+        spreads: how they are spread over processes.
+        state: the vectors, shape (..., n).
+        memory: what is remembered, with the `highest` lr of now.
+        dots: the four sums, shape (..., 4), before the base's step.
         lr: the largest of this step's.
     """
-    first, longest, highest, scale = unit[..., :3], unit[..., 3], unit[..., 4], unit[..., 5]
-    x = dots[..., 3].sqrt().clamp_min(1.0)
-    if delta_squared is not None:
-        found = torch.stack([delta_squared.sqrt() / highest, dots[..., 2].sqrt(), x], -1)
-        begins = (first[..., 0] == 0) & (found > 0).all(-1) & found.isfinite().all(-1)
-        first = torch.where(begins.unsqueeze(-1), found, first)
-    return torch.cat([first, torch.stack([torch.maximum(longest, x), highest.clamp_min(lr), scale], -1)], -1)
+    parts: dict[Spread, Tensor] = {spread: torch.zeros_like(dots) for spread in [(), *spreads]}
+    for bucket, starts in zip(buckets, before, strict=True):
+        wide = bucket.deltas[0].dtype
+        u = [x.to(wide) - start.to(wide) for x, start in zip(bucket.params, starts, strict=True)]
+        parts[bucket.spread][bucket.tuner].add_(bucket.kernel.measure(u, u, u).to(dots))
+    u_norm = sum_over_processes(parts, spreads)[..., 0].sqrt()
+    g, x = dots[..., 2].sqrt(), dots[..., 3].sqrt()
+    pace, length = u_norm / lr, torch.where(x > 0, x, 1.0)
+    floor = RELATIVE * length / pace
+    scale = floor / memory.highest
+    begins = (memory.pace == 0) & (pace > 0) & (g > 0) & torch.stack([pace, g, x, scale]).isfinite().all(0)
+    first = Memory(pace, length, memory.highest, floor, scale, torch.zeros_like(g), g)
+    memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
+    share = (scale / state.scales.shape[-1]).unsqueeze(-1)
+    state = state._replace(scales=torch.where(begins.unsqueeze(-1), share, state.scales))
+    return bounded(state, scale_limit(optimizer, lr)), memory
 
 
-def relative(betas: tuple[float, ...], s_decay: float, eps: float, unit: Tensor) -> Numbers:
-    """Return the options that apply to delta itself, shape (..., 1) each."""
-    pace, g, start, longest, highest, _ = unit.unsqueeze(-1).unbind(-2)
-    u = torch.where(pace > 0, pace * highest, 1.0)
-    return Numbers(betas, s_decay * u / longest, RELATIVE * start / u, eps * g * u, PENALTY)
+def bet(
+    state: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
+) -> tuple[Memory, Tensor, Numbers, Tensor]:
+    """Return what `tune` needs: the memory of now, the four sums of delta = D / S, the options, and how long a step is.
+
+    Args:
+        state: the vectors, shape (..., n).
+        memory: that of the last step.
+        dots: the four sums of D, shape (..., 4).
+        lr: the largest of this step's.
+        betas: of the options.
+        s_decay: of the options.
+    """
+    scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
+    is_known = (memory.pace > 0) & (scale > 0)
+    shortened = torch.where(is_known & (g > 0), LONGER * memory.gradient / g, 1.0).clamp_max(1.0)
+    gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
+    highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
+    memory = memory._replace(highest=highest, longest=longest, gradient=gradient)
+    by = torch.where(is_known, shortened / scale, 0.0)
+    sums = dots * torch.stack([by, by, torch.ones_like(by), torch.ones_like(by)], -1)
+    decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
+    s_init = torch.where(is_known, memory.floor / highest, 0.0)
+    return memory, sums, Numbers(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, PENALTY), shortened
+
+
+def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor) -> tuple[TunerState, Memory, Tensor]:
+    """Return the tuner after a step, what is remembered, and by what part of D x_ref follows the weights.
+
+    Args:
+        old: the vectors before this step, shape (..., n).
+        new: what `tune` has made of them.
+        memory: as `bet` returns it.
+        lr: the largest of this step's.
+    """
+    tiny = torch.finfo(memory.highest.dtype).tiny
+    time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
+    time = torch.where(memory.age > 0, time, (time > 0).to(time))
+    new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
+    new = TunerState(*(torch.lerp(a, b, time.unsqueeze(-1)) for a, b in zip(old, new, strict=True)))
+    scale = new.scales.sum(-1)
+    is_lost = scale < LOST * memory.peak
+    is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
+    regained = torch.maximum(scale, REGAINED * memory.peak)
+    shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
+    nothing = torch.zeros_like(shares)
+    fresh = TunerState(nothing, nothing, nothing, shares)
+    new = TunerState(*(torch.where(is_lost.unsqueeze(-1), a, b) for a, b in zip(fresh, new, strict=True)))
+    age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
+    follow = torch.where(is_lost, 1.0, FOLLOW * time / (age + FOLLOW + 7))
+    memory = memory._replace(
+        floor=torch.where(is_lost, regained * memory.highest, memory.floor),
+        peak=torch.where(is_lost, regained, torch.maximum(memory.peak, scale)),
+        age=torch.where(is_found, age, 0.0),
+    )
+    return new, memory, torch.where(is_found, follow, 0.0)

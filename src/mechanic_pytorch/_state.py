@@ -1,7 +1,8 @@
 """Where Mechanic keeps its state, and how that state survives what people do to optimizers.
 
-Per parameter, in `optimizer.state[p]`: the sum of updates and, for parameters of less than 32 bits, the compensation.
-They are written only after the base's first step, because many bases take an empty `state[p]` for "not started".
+Per parameter, in `optimizer.state[p]`: one slot, which is the sum of updates or, with `s_init="auto"`, the weights from
+which their way is measured; and for parameters of less than 32 bits, the compensation. They are written only after the
+base's first step, because many bases take an empty `state[p]` for "not started".
 
 Per tuner, in `optimizer.param_groups[0]`, or in each parameter group with `per_group`: its vectors and some notes. Per
 optimizer, in `param_groups[0]`: two counters. Parameter groups are what every checkpointing tool carries whole and
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mechanic_pytorch._config import Config
 from mechanic_pytorch.distributed import whole
 
 DELTA = "mechanic_delta"
+REFERENCE = "mechanic_reference"
 COMPENSATION = "mechanic_compensation"
 UNIT = "mechanic_unit"
 LR_FACTOR = "mechanic_lr_factor"
@@ -30,6 +33,9 @@ LR_SUMS = "mechanic_lr_sums"
 FROZEN_SCALE = "mechanic_frozen_scale"
 STEPS = "mechanic_steps"
 SKIPPED_STEPS = "mechanic_skipped_steps"
+
+SLOTS = {DELTA, REFERENCE}
+PER_PARAMETER = {*SLOTS, COMPENSATION}
 
 
 class TunerState(NamedTuple):
@@ -42,6 +48,11 @@ class TunerState(NamedTuple):
     sum_squared_products: Tensor
     reward: Tensor
     scales: Tensor
+
+
+def slot(config: Config) -> str:
+    """Return under which key a parameter's slot is: the sum of updates; or with "auto", where D is measured from."""
+    return REFERENCE if config.s_init == "auto" else DELTA
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +90,7 @@ def attach_tuner(optimizer: Any) -> None:
         if _TUNER_KEYS[0] not in home:
             home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
         if config.s_init == "auto" and UNIT not in home:
-            home[UNIT], home[LR_FACTOR] = torch.zeros(6, device="cpu"), 1.0
+            home[UNIT], home[LR_FACTOR] = torch.zeros(7, device="cpu"), 1.0
             optimizer._start_is_known = False
         if LR_SUMS not in home:
             home[LR_SUMS] = torch.zeros(3, device="cpu")
@@ -172,7 +183,7 @@ def clear(optimizer: Any) -> None:
         for key in (*_TUNER_KEYS, UNIT, LR_FACTOR, LR_SUMS, FROZEN_SCALE, STEPS, SKIPPED_STEPS):
             group.pop(key, None)
     for state in optimizer.state.values():
-        for key in (DELTA, COMPENSATION):
+        for key in PER_PARAMETER:
             state.pop(key, None)
     attach_tuner(optimizer)
 
@@ -186,7 +197,7 @@ def unseen_by_base(state: dict[Any, Any]) -> Iterator[None]:
 
     Such a base may begin to fill its state at any later step (one that accumulates gradients by itself).
     """
-    ours = {p: s for p, s in state.items() if isinstance(s, dict) and s and s.keys() <= {DELTA, COMPENSATION}}
+    ours = {p: s for p, s in state.items() if isinstance(s, dict) and s and s.keys() <= PER_PARAMETER}
     for p in ours:
         del state[p]
     try:
@@ -274,11 +285,11 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
         )
     has_learned = any(int(g.get(STEPS, 0)) > int(g.get(SKIPPED_STEPS, 0)) for g in state_dict["param_groups"])
     has_params = any(group["params"] for group in state_dict["param_groups"])
-    if has_learned and has_params and not any(DELTA in state for state in state_dict["state"].values()):
+    if has_learned and has_params and not any(SLOTS & state.keys() for state in state_dict["state"].values()):
         raise ValueError(
-            f"{who}: a checkpoint whose tuner has learned must hold the sums of updates, {DELTA!r}. Got none. Remedy: "
-            "save and load without flatten_optimizer_state_dict, or drop the keys that start with 'mechanic_' from "
-            "param_groups[0] of a deep copy of it to start the tuner afresh."
+            f"{who}: a checkpoint whose tuner has learned must hold the sums of updates, {slot(config)!r}. Got none. "
+            "Remedy: save and load without flatten_optimizer_state_dict, or drop the keys that start with 'mechanic_' "
+            "from param_groups[0] of a deep copy of it to start the tuner afresh."
         )
 
 
@@ -292,5 +303,5 @@ def restore_uncast(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     params = (p for group in optimizer.param_groups for p in group["params"])
     for p, saved_id in zip(params, saved_ids, strict=True):
         for key, value in state_dict["state"].get(saved_id, {}).items():
-            if key in (DELTA, COMPENSATION):
+            if key in PER_PARAMETER:
                 optimizer.state[p][key] = value.detach().to(p.device, copy=True)

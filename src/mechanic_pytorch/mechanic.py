@@ -16,8 +16,8 @@ s have n entries and start at 0. One step:
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
 never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
-between steps. With s_init="auto", s_init, s_decay and eps are rescaled by what the first update was, early updates
-weigh less in delta, and the penalty is less than 1 (`_start.py`). The file `docs/deviations.md` lists where this
+between steps. With s_init="auto" a step is x = x + sum(s) * u instead, and what is bet on is the way that the weights
+have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_start.py`). The file `docs/deviations.md` lists where this
 differs from other implementations, and why.
 """
 
@@ -72,11 +72,9 @@ def mechanize(
             weighs in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
         s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
-            costs a few steps, too large may diverge. "auto" measures the first update and starts relative to it, and
-            takes s_decay and eps in the same unit: the run is then the same for every base lr, and begins sooner. Two
-            things are not in the paper, both against a scale that is too small at the end (`_start.py` has the
-            formulas): until it has fallen to three quarters of its largest, a scale that rises makes plain steps of
-            the base; and what the scale loses counts half.
+            costs a few steps, too large may diverge. "auto" starts relative to the first update, so that every base
+            lr gives the same run, and makes plain steps of the base, x + scale * u: a scale that falls takes nothing
+            back, and weights whose lr is 0 rest. docs/safety.md has its rules.
         eps: added to sqrt(v), in units of h (update times gradient).
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
@@ -199,7 +197,8 @@ class Mechanic(Optimizer):
         if not buckets and not any(spreads):
             _warnings.watch(self)
             return loss
-        begins = any(bucket.is_new for bucket in buckets) or (config.s_init == "auto" and not self._start_is_known)
+        seeks = config.s_init == "auto" and not _start.is_known(self)  # its first scale
+        begins = seeks or any(bucket.is_new for bucket in buckets)
         if torch.compiler.is_compiling() and begins:
             return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
         inputs = args if closure is None else (replay, *args)
@@ -219,7 +218,7 @@ class Mechanic(Optimizer):
             )
             self._options_compared = True
         asks, base_skips = _base.can_ask_host(), _base.skips_by_itself(self)
-        rules = _fused.rules_of(self, buckets) if base_skips else None
+        rules = _fused.rules_of(self, buckets) if base_skips and not seeks else None
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(*old.scales.shape[:-1], 4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
@@ -230,11 +229,8 @@ class Mechanic(Optimizer):
         dots = sum_over_processes(parts, spreads)
 
         # Tune.
-        unit, options = (None, config) if config.s_init != "auto" else _start.begin(self, buckets, spreads, dots)
-        new = tune(old, dots, options)
         lr = _base.largest_lr(self, dots)
-        if config.max_lr is not None:
-            new = new._replace(scales=_control.at_most(new.scales, config.max_lr / _state.highest_lr(self, lr)))
+        new, memory, length, part = _start.learn(self, old, dots, lr, tune)
         skip = torch.stack(new).isfinite().all().logical_not()
         we_skip = _steps.needs_us(self, buckets)
         if _steps.is_left_out(self, skip, we_skip):
@@ -243,24 +239,25 @@ class Mechanic(Optimizer):
         left_out = skip | (dots == 0).all(-1) if config.per_group else skip
         new = TunerState(*(torch.where(left_out.unsqueeze(-1), a, b) for a, b in zip(old, new, strict=True)))
 
-        # Base step and move.
-        unit, scales = _start.search(unit, old.scales.sum(-1), new.scales.sum(-1))
+        # Base step and move: with "auto" a plain step, for which the two scales are one.
+        part = None if part is None else torch.where(left_out, 0.0, part)
         if rules is not None:
-            _fused.step_and_move(self, buckets, rules, scales, skip)
+            _fused.step_and_move(self, buckets, rules, _start.scales(old, new, length), skip, part)
         else:
             evaluates_again = closure is not None and _base.requires_closure(base_step.func)
             with _buckets.undone_on_error(self, buckets, before, whole_state=evaluates_again):
                 undone = _buckets.undone_where(skip if we_skip and not asks else None, self, buckets, before)
                 with undone, _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
                     loss = base_step()
-                for bucket, starts in zip(buckets, before, strict=True):
-                    converted = (scale[bucket.tuner].to(bucket.deltas[0]) for scale in scales)
-                    bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
+                if seeks and memory is not None:
+                    new, memory = _start.begin(self, buckets, before, spreads, new, memory, dots, lr)
+                _buckets.move(buckets, before, _start.scales(old, new, length))
+            _buckets.follow(buckets, before, part)
         if asks and not self._base_has_moved and not skip.item():
             _warnings.check_that_base_moved(self, buckets)
         _buckets.store(self, buckets)
         _state.write_tuner(self, new)
-        _state.note(self, left_out, unit=unit, lr=lr, scale=scales[1])
+        _state.note(self, left_out, unit=_start.together(memory), lr=lr, scale=new.scales.sum(-1))
         _steps.count(self, skip)
         return loss
 

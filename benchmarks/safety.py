@@ -1,0 +1,437 @@
+"""Does the tuner ever throw a good model away? The figures of `docs/safety.md`.
+
+    python -m benchmarks.safety --fill docs/safety.md
+
+Schedules: a perceptron (20-32-1) on a noisy regression, 512 examples, batches of 32, 600 steps, under schedules that
+end early, fall fast, or come back. Mechanized with `s_init="auto"` at lr 1.0, against the plain base at the best
+learning rate of half decades for this very row: the loss at the end, the largest of the second half, and how far
+weights moved in steps whose lr was 0.
+
+Disturbances: a perceptron (64-64-10) on scikit-learn's handwritten digits, batches of 64, 400 steps, while something
+else changes weights, gradients, loss or labels.
+
+Prints Markdown tables, or writes them between the marks `<!-- safety: NAME -->` and `<!-- end -->`. Each row is also
+told on stderr as soon as there is one. Losses are over all the data, means over two seeds of data, weights and batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from benchmarks.convergence.fill import print_or_fill
+from benchmarks.convergence.report import markdown_table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
+
+from mechanic_pytorch import mechanize
+
+SEEDS = range(2)
+DECADES, FURTHEST = range(-6, 1, 2), 16  # learning rates, in half decades
+AUTO, NUMERIC = {"s_init": "auto"}, {"s_init": 1e-8}
+Rate = float | dict[str, Any]  # of the plain base, or what the mechanized one is made with
+Result = TypeVar("Result", bound=tuple[Any, ...])
+
+
+class Lion(optim.Optimizer):
+    """Steps by the sign of a momentum, as Chen et al. 2023 found it."""
+
+    def __init__(self, params: Any, lr: float = 1e-4, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Make a step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * momentum.lerp(p.grad, 0.1).sign())
+                momentum.lerp_(p.grad, 0.01)
+
+
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW": (optim.AdamW, {}),
+    "Adam": (optim.Adam, {}),
+    "NAdam": (optim.NAdam, {}),
+    "RAdam": (optim.RAdam, {}),
+    "SGD": (optim.SGD, {}),
+    "SGD, momentum": (optim.SGD, {"momentum": 0.9}),
+    "Lion": (Lion, {}),
+    "RMSprop": (optim.RMSprop, {}),
+    "Adagrad": (optim.Adagrad, {}),
+}
+DECAYS = {"AdamW": (0.0, 0.1), "Adam": (0.01,), "SGD": (0.0, 5e-4)}  # others: 0, where Adam is AdamW
+
+
+def build(name: str, params: Any, rate: Rate, weight_decay: float | None = None) -> Any:
+    """Return an optimizer, plain or mechanized, with the base's own weight decay if none is given."""
+    base, options = BASES[name]
+    if weight_decay is not None:
+        options = {**options, "weight_decay": weight_decay}
+    if isinstance(rate, dict):
+        return mechanize(base, **rate)(params, lr=1.0, **options)
+    return base(params, lr=rate, **options)
+
+
+def tuned(run: Callable[[float], Result]) -> tuple[Result, float]:
+    """Return the result that begins with the least loss, and its lr, which is the best of half decades.
+
+    First comes the best of whole decades, more of them until it is none at the edge, then those beside it.
+    """
+    made = {k: run(10 ** (k / 2)) for k in DECADES}
+
+    def best() -> int:
+        return min(made, key=lambda k: made[k][0])
+
+    while (centre := best()) in (min(made), max(made)):
+        k = centre - 2 if centre == min(made) else centre + 2
+        if abs(k) > FURTHEST:
+            raise RuntimeError("no best learning rate was found")
+        made[k] = run(10 ** (k / 2))
+    made |= {k: run(10 ** (k / 2)) for k in (centre - 1, centre + 1)}
+    return made[best()], 10 ** (best() / 2)
+
+
+def cosine(part: float) -> float:
+    """Return the factor of lr where this part of a cosine to 0 is behind; 0 from its end on."""
+    return (1 + math.cos(math.pi * min(part, 1.0))) / 2
+
+
+# --- schedules and decays -------------------------------------------------------------------------------------------
+
+STEPS = 600
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda t: 1.0,
+    "cosine, then 0": lambda t: cosine(2 * t / STEPS),
+    "linear, then 0": lambda t: max(0.0, 1 - 2 * t / STEPS),
+    "x 0.9 a step": lambda t: 0.9**t,
+    "x 0.99 a step": lambda t: 0.99**t,
+    "three steps of x 0.1": lambda t: 0.1 ** (4 * t // STEPS),
+    "three steps of x 1e-4": lambda t: 1e-4 ** (4 * t // STEPS),
+    "warm restarts": lambda t: cosine(t % 100 / 100),
+    "one cycle": lambda t: 1 - 0.96 * cosine(t / 180) if t < 180 else cosine((t - 180) / (STEPS - 180)),
+}
+
+
+class Row(NamedTuple):
+    """What is trained."""
+
+    base: str
+    weight_decay: float
+    schedule: str
+
+
+class Run(NamedTuple):
+    """The loss at the end, the largest of the second half, and the weights' way at lr 0, in their lengths."""
+
+    final: float
+    spike: float
+    moved: float
+
+
+ROWS = [Row(base, decay, name) for base in BASES for decay in DECAYS.get(base, (0.0,)) for name in SCHEDULES]
+QUICK = [
+    Row("AdamW", 0.0, "cosine, then 0"),
+    Row("AdamW", 0.1, "constant"),
+    Row("RAdam", 0.0, "x 0.9 a step"),
+    Row("SGD", 0.0, "warm restarts"),
+]
+
+
+def train(row: Row, seed: int, rate: Rate) -> Run:
+    """Fit the regression once."""
+    generator = torch.Generator().manual_seed(seed)
+    x, plane, noise = (torch.randn(shape, generator=generator) for shape in ((512, 20), (20, 1), (512, 1)))
+    y = x @ plane + 0.5 * noise
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = build(row.base, model.parameters(), rate, row.weight_decay)
+    schedule = optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[row.schedule])
+    losses, moved = [], 0.0
+    for t in range(STEPS):
+        chosen = torch.randint(len(x), (32,), generator=generator)
+        optimizer.zero_grad()
+        F.mse_loss(model(x[chosen]), y[chosen]).backward()
+        rests = optimizer.param_groups[0]["lr"] == 0
+        before = parameters_to_vector(model.parameters()).detach().double() if rests else None
+        optimizer.step()
+        schedule.step()
+        if before is not None:
+            after = parameters_to_vector(model.parameters()).detach().double()
+            moved += float((after - before).norm() / before.norm())
+        if t % 5 == 4:
+            with torch.no_grad():
+                losses.append(float(F.mse_loss(model(x), y)))
+            if not math.isfinite(losses[-1]):
+                return Run(math.inf, math.inf, moved)
+    return Run(fmean(losses[-10:]), max(losses[len(losses) // 2 :]), moved)
+
+
+def compare(row: Row, seeds: Iterable[int] = SEEDS) -> Run:
+    """Return a mechanized run: its losses relative to those of the tuned one."""
+
+    def mean(rate: Rate) -> Run:
+        return Run(*map(fmean, zip(*(train(row, seed, rate) for seed in seeds), strict=True)))
+
+    ours, (plain, _) = mean(AUTO), tuned(mean)
+    return Run(ours.final / plain.final, ours.spike / plain.spike, ours.moved)
+
+
+def cells(row: Row, run: Run) -> list[str]:
+    """Return a row of the table."""
+    moved = f"{run.moved:.2g}" if any(SCHEDULES[row.schedule](t) == 0 for t in range(STEPS)) else ""
+    return [row.base, f"{row.weight_decay:g}", row.schedule, f"{run.final:.2f}", f"{run.spike:.2f}", moved]
+
+
+def summary(made: dict[Row, Run]) -> str:
+    """Return the mean and the worst, as a sentence."""
+    worst = max(made, key=lambda row: made[row].final)
+    spike = max(made, key=lambda row: made[row].spike)
+    mean = fmean(run.final for run in made.values())
+    return (
+        f"Final loss, divided by that of the tuned base: {mean:.2f} in the mean of {len(made)} rows, at worst "
+        f"{made[worst].final:.2f} ({said(worst)}); the largest loss of the second half, "
+        f"divided by the tuned base's: at worst {made[spike].spike:.2f} ({said(spike)})."
+    )
+
+
+def said(row: Row) -> str:
+    """Return a row's name."""
+    return f"{row.base}, weight decay {row.weight_decay:g}, {row.schedule}"
+
+
+# --- disturbances ---------------------------------------------------------------------------------------------------
+
+DIGITS_STEPS, MIDDLE = 400, 200
+
+
+class Undisturbed:
+    """A training whose weights, gradients, loss and labels are left alone; `t` is the number of steps before."""
+
+    factor = staticmethod(lambda t: 1.0)  # of lr
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.layers = nn.Linear(64, 64), nn.Linear(64, 10)
+        self.model = nn.Sequential(self.layers[0], nn.ReLU(), self.layers[1])
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def labels(self, t: int, labels: Tensor) -> Tensor:
+        """Return what is to be learned."""
+        return labels
+
+    def loss(self, t: int, loss: Tensor) -> Tensor:
+        """Return what is minimised."""
+        return loss
+
+    def change_gradients(self, t: int) -> None:
+        """Change gradients before a step."""
+
+    def change_weights(self, t: int) -> None:
+        """Change weights after a step, which counts."""
+
+
+class Clamped(Undisturbed):
+    """Every weight between -0.2 and 0.2."""
+
+    def change_weights(self, t: int) -> None:  # noqa: D102
+        for p in self.model.parameters():
+            p.clamp_(-0.2, 0.2)
+
+
+class UnitRows(Undisturbed):
+    """Rows of the first layer on the unit sphere."""
+
+    def change_weights(self, t: int) -> None:  # noqa: D102
+        self.layers[0].weight.div_(self.layers[0].weight.norm(dim=1, keepdim=True))
+
+
+class MaxNorm(Undisturbed):
+    """Rows of both layers within the unit ball."""
+
+    def change_weights(self, t: int) -> None:  # noqa: D102
+        for layer in self.layers:
+            layer.weight.renorm_(p=2, dim=0, maxnorm=1.0)
+
+
+class AveragedBack(Undisturbed):
+    """Training goes on from an average every now and then."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.averages = [p.detach().clone() for p in self.model.parameters()]
+
+    def change_weights(self, t: int) -> None:  # noqa: D102
+        for average, p in zip(self.averages, self.model.parameters(), strict=True):
+            average.lerp_(p, 0.02)
+            if t % 50 == 0:
+                p.copy_(average)
+
+
+class Renewed(Undisturbed):
+    """The last layer begins anew, three times."""
+
+    def change_weights(self, t: int) -> None:  # noqa: D102
+        if t in (100, 200, 300):
+            self.layers[1].reset_parameters()
+
+
+class Halved(Undisturbed):
+    """Every weight is halved, once."""
+
+    def change_weights(self, t: int) -> None:  # noqa: D102
+        if t == MIDDLE:
+            for p in self.model.parameters():
+                p.mul_(0.5)
+
+
+class NoisyBatch(Undisturbed):
+    """One gradient is mostly noise."""
+
+    def change_gradients(self, t: int) -> None:  # noqa: D102
+        if t == MIDDLE:
+            self.add_noise(10.0)
+
+    def add_noise(self, deviation: float) -> None:
+        """Add noise of this standard deviation to every gradient."""
+        for p in self.model.parameters():
+            p.grad.add_(torch.randn(p.shape, generator=self.generator), alpha=deviation)
+
+
+class Noise(NoisyBatch):
+    """Every gradient is mostly noise, of length 10, while lr goes to 0."""
+
+    factor = staticmethod(lambda t: cosine(t / DIGITS_STEPS))
+
+    def change_gradients(self, t: int) -> None:  # noqa: D102
+        self.add_noise(10.0 / sum(p.numel() for p in self.model.parameters()) ** 0.5)
+
+
+class Magnified(Undisturbed):
+    """The loss grows a hundredfold."""
+
+    def loss(self, t: int, loss: Tensor) -> Tensor:  # noqa: D102
+        return 100 * loss if t >= MIDDLE else loss
+
+
+class Relabelled(Undisturbed):
+    """What was a 9 is a 0, and so on."""
+
+    def labels(self, t: int, labels: Tensor) -> Tensor:  # noqa: D102
+        return 9 - labels if t >= MIDDLE else labels
+
+
+DISTURBANCES: dict[str, type[Undisturbed]] = {
+    "none": Undisturbed,
+    "weights clamped to ±0.2": Clamped,
+    "rows of the first layer at unit norm": UnitRows,
+    "rows of both layers at most at unit norm": MaxNorm,
+    "an average copied back every 50 steps": AveragedBack,
+    "last layer renewed at 100, 200, 300": Renewed,
+    "all weights halved at 200": Halved,
+    "one noisy batch at 200": NoisyBatch,
+    "noise of norm 10 in every gradient, cosine": Noise,
+    "loss x 100 from 200 on": Magnified,
+    "other labels from 200 on": Relabelled,
+}
+DISTURBED = "AdamW", "SGD, momentum"  # bases
+QUICK_DISTURBANCES = ("weights clamped to ±0.2",)
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """Return images and their labels."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    return (images / 16).float(), labels
+
+
+def train_disturbed(name: str, base: str, seed: int, rate: Rate) -> float:
+    """Learn to read digits once; return the loss at the end, for the labels of the last step."""
+    x, y = digits()
+    case = DISTURBANCES[name](seed)
+    optimizer = build(base, case.model.parameters(), rate)
+    schedule = optim.lr_scheduler.LambdaLR(optimizer, case.factor)
+    for t in range(DIGITS_STEPS):
+        chosen = torch.randint(len(x), (64,), generator=case.generator)
+        optimizer.zero_grad()
+        case.loss(t, F.cross_entropy(case.model(x[chosen]), case.labels(t, y[chosen]))).backward()
+        case.change_gradients(t)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            case.change_weights(t + 1)
+    with torch.no_grad():
+        loss = float(F.cross_entropy(case.model(x), case.labels(DIGITS_STEPS, y)))
+    return loss if math.isfinite(loss) else math.inf
+
+
+def disturbed(name: str, base: str, rate: Rate, seeds: Iterable[int] = SEEDS) -> tuple[float, ...]:
+    """Return the mean of final losses, and each."""
+    losses = [train_disturbed(name, base, seed, rate) for seed in seeds]
+    return fmean(losses), *losses
+
+
+def disturbed_cells(name: str, base: str, seeds: Sequence[int] = SEEDS) -> list[str]:
+    """Return a row of the table."""
+
+    def loss(losses: tuple[float, ...]) -> str:
+        spread = f" ({min(losses):.2g} to {max(losses):.2g})" if len(seeds) > 1 else ""
+        return f"{losses[0]:.3g}{spread}"
+
+    plain, lr = tuned(lambda rate: disturbed(name, base, rate, seeds))
+    ours = [disturbed(name, base, rate, seeds) for rate in (AUTO, NUMERIC)]
+    return [name, base, f"{loss(plain)}, lr {lr:.2g}", *map(loss, ours)]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def tell(row: list[str]) -> list[str]:
+    """Show a row at once."""
+    print(*row, sep=" | ", file=sys.stderr, flush=True)
+    return row
+
+
+def main() -> None:
+    """Print the tables, or write them into a page."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
+    arguments.add_argument("--quick", action="store_true", help="a handful of rows, one seed")
+    options = arguments.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    seeds = range(1) if options.quick else SEEDS
+
+    runs, rows = {}, []
+    for row in QUICK if options.quick else ROWS:
+        runs[row] = compare(row, seeds)
+        rows.append(tell(cells(row, runs[row])))
+    head = ["base", "weight decay", "schedule", "final loss / tuned", "late spike / tuned", "moved at lr 0"]
+    made = {"schedules": markdown_table(head, rows), "summary": summary(runs)}
+
+    names = QUICK_DISTURBANCES if options.quick else DISTURBANCES
+    rows = [tell(disturbed_cells(name, base, seeds)) for name in names for base in DISTURBED]
+    head = ["disturbance", "base", "loss, plain tuned", '`s_init="auto"`', "`s_init=1e-8`"]
+    made["disturbances"] = markdown_table(head, rows)
+    made["origin"] = (
+        f"<sub>`python -m benchmarks.safety {'--quick ' if options.quick else ''}--fill docs/safety.md`, "
+        f"{f'means of {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}; torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.machine()}, one thread.</sub>"
+    )
+    print_or_fill(options.fill, "safety", made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The tuner throws no good model away (`benchmarks/safety.py` in small), and what should rest does, to the bit."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import safety
+
+from mechanic_pytorch import mechanize
+from problems import loss_of, mlp, train
+
+# "auto" against the plain base at the best lr for the very row. The benchmark's own figures are better; here one seed
+# of another machine has to pass, too.
+MEAN_FINAL, WORST_SPIKE = 1.5, 2.5
+DISTURBED_FACTOR, DISTURBED_MORE = 3.0, 0.05  # final loss: that much of the plain one's, and that much above
+
+# A poor scale is to show in losses here, not in a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:Mechanized:UserWarning")
+
+AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return {row: safety.compare(row, seeds=[0]) for row in safety.QUICK}
+
+
+@pytest.mark.xdist_group("safety")
+def test_losses_end_near_those_of_the_tuned_base(quick):
+    ratios = {safety.said(row): run.final for row, run in quick.items()}
+    assert sum(ratios.values()) / len(ratios) <= MEAN_FINAL, ratios
+
+
+@pytest.mark.xdist_group("safety")
+def test_losses_do_not_climb_late(quick):
+    spikes = {safety.said(row): run.spike for row, run in quick.items()}
+    assert max(spikes.values()) <= WORST_SPIKE, spikes
+
+
+@pytest.mark.xdist_group("safety")
+def test_schedules_that_reach_zero_stop_every_weight(quick):
+    moved = {safety.said(row): run.moved for row, run in quick.items()}
+    assert set(moved.values()) == {0.0}, moved
+
+
+@pytest.mark.parametrize("base", safety.DISTURBED, ids=["AdamW", "momentum"])
+@pytest.mark.parametrize(
+    "disturbance",
+    [
+        pytest.param("weights clamped to ±0.2", id="clamped"),
+        pytest.param("rows of the first layer at unit norm", id="unit rows"),
+        pytest.param("an average copied back every 50 steps", id="averaged back"),
+        pytest.param("noise of norm 10 in every gradient, cosine", id="noise"),
+    ],
+)
+def test_disturbances_do_no_more_harm_than_to_the_tuned_base(disturbance, base):
+    def loss(rate):
+        return safety.disturbed(disturbance, base, rate, seeds=[0])
+
+    (ours, _), ((plain, _), _) = loss(safety.AUTO), safety.tuned(loss)
+    assert ours <= DISTURBED_FACTOR * plain + DISTURBED_MORE
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (AdamW, {"weight_decay": 0.0}),
+        (AdamW, {"weight_decay": 0.1}),
+        (AdamW, {"weight_decay": 0.1, "fused": True}),
+        (SGD, {}),
+    ],
+    ids=["AdamW", "AdamW with decay", "AdamW fused", "SGD"],
+)
+def test_a_group_at_lr_zero_rests_to_the_bit(base, options, per_group):
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = mechanize(base, s_init="auto", per_group=per_group)(groups, lr=1.0, **options)
+    train(model, optimizer, 50)
+    optimizer.param_groups[0]["lr"] = 0.0
+    kept, other = [p.detach().clone() for p in model[0].parameters()], model[2].weight.detach().clone()
+    for t in range(50, 100):
+        train(model, optimizer, 1, first=t)
+        assert all(map(torch.equal, model[0].parameters(), kept)), f"moved in step {t}"
+    assert not torch.equal(model[2].weight, other)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rows", [slice(0, 8), slice(None)], ids=["some rows", "all rows"])
+def test_rows_without_gradient_rest_to_the_bit_under_sgd(rows, fused):
+    model = mlp()
+    optimizer = mechanize(SGD, s_init="auto")(model.parameters(), lr=1.0, fused=fused)
+    train(model, optimizer, 50)
+    kept, other = (layer.weight.detach().clone() for layer in (model[0], model[2]))
+    for t in range(50, 100):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        model[0].weight.grad[rows] = 0.0
+        optimizer.step()
+        assert torch.equal(model[0].weight[rows], kept[rows]), f"moved in step {t}"
+    assert not torch.equal(model[2].weight, other)
