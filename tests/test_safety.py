@@ -13,9 +13,9 @@ from benchmarks import safety
 from mechanic_pytorch import mechanize
 from problems import loss_of, mlp, train
 
-# "auto" against the plain base at the best lr for the very row. The benchmark's own figures are better; here one seed
-# of another machine has to pass, too.
-MEAN_FINAL, WORST_SPIKE = 1.5, 2.5
+# "auto" against the plain base at the best lr for the very row, one seed: 1.1 and 2.3 where they were chosen. Before the
+# steps were plain ones they were 1.85 and 11.7.
+MEAN_FINAL, WORST_SPIKE = 1.3, 2.5
 DISTURBED_FACTOR, DISTURBED_MORE = 3.0, 0.05  # final loss: that much of the plain one's, and that much above
 
 # A poor scale is to show in losses here, not in a warning.
@@ -57,7 +57,13 @@ def test_schedules_that_reach_zero_stop_every_weight(quick):
         pytest.param("noise of norm 10 in every gradient, cosine", id="noise"),
     ],
 )
-def test_disturbances_do_no_more_harm_than_to_the_tuned_base(disturbance, base):
+def test_disturbances_do_no_more_harm_than_to_the_tuned_base(disturbance, base, request):
+    if "clamped" in disturbance and base == "SGD, momentum":
+        reason = (
+            "gradients that push against the clamp look like gains, and the scale grows: 1.5 for 0.28 (docs/limits.md)"
+        )
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
     def loss(rate):
         return safety.disturbed(disturbance, base, rate, seeds=[0])
 
