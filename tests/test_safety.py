@@ -13,8 +13,8 @@ from benchmarks import safety
 from mechanic_pytorch import mechanize
 from problems import loss_of, mlp, train
 
-# "auto" against the plain base at the best lr for the very row, one seed: 1.1 and 2.3 where they were chosen. Before the
-# steps were plain ones they were 1.85 and 11.7.
+# "auto" against the plain base at the best lr for the very row, one seed: 1.1 and 2.3 where they were chosen. They were
+# 1.85 and 11.7 before the steps were plain ones.
 MEAN_FINAL, WORST_SPIKE = 1.3, 2.5
 DISTURBED_FACTOR, DISTURBED_MORE = 3.0, 0.05  # final loss: that much of the plain one's, and that much above
 
