@@ -409,13 +409,15 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
     arguments.add_argument("--quick", action="store_true", help="a handful of rows, one seed")
+    arguments.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="of the schedules' table")
+    arguments.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (%(default)s)")
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    seeds = range(1) if options.quick else SEEDS
+    seeds = range(1 if options.quick else options.seeds)
 
     runs, rows = {}, []
-    for row in QUICK if options.quick else ROWS:
+    for row in QUICK if options.quick else [row for row in ROWS if row.base in options.bases]:
         runs[row] = compare(row, seeds)
         rows.append(tell(cells(row, runs[row])))
     head = ["base", "weight decay", "schedule", "final loss / tuned", "late spike / tuned", "moved at lr 0"]
@@ -426,7 +428,7 @@ def main() -> None:
     head = ["disturbance", "base", "loss, plain tuned", '`s_init="auto"`', "`s_init=1e-8`"]
     made["disturbances"] = markdown_table(head, rows)
     made["origin"] = (
-        f"<sub>`python -m benchmarks.safety {'--quick ' if options.quick else ''}--fill docs/safety.md`, "
+        f"<sub>`python -m benchmarks.safety {' '.join(sys.argv[1:])}`, "
         f"{f'means of {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}; torch {torch.__version__}, Python "
         f"{platform.python_version()}, {platform.machine()}, one thread.</sub>"
     )

@@ -97,7 +97,7 @@ class AutoOracle:
         self.is_found |= now < 0.75 * self.peak
         if now < 0.1 * self.peak:
             self.renewed.append(now / self.peak)
-            self.peak = max(now, 0.3 * self.peak)
+            self.peak = 0.1 * self.peak
             self.m, self.v, self.r = np.zeros((3, len(self.s)))
             self.s = np.full(len(self.s), self.peak / len(self.s))
             self.least, self.reference, self.time = self.peak * self.highest, x, w

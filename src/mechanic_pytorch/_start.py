@@ -22,8 +22,8 @@ searched for, until it has fallen to 3/4 of its largest, w is 1, because the sch
 D is mostly the way of the later part of the run, and where it began is forgotten slowly.
 
 **Falls.** A scale that has fallen to a tenth of its largest was wrong, or its bets were about another problem. It goes
-on from three tenths of the largest (or from where it is, if that is more), with x_ref = x and vectors that have seen
-nothing; that scale is the new s_init. So the scale comes down by steps of a third at worst, and grows on new evidence.
+on from that tenth, with x_ref = x and vectors that have seen nothing; the tenth is the new s_init. So the scale comes
+down by a factor of ten at a time at worst, and grows on new evidence.
 
 **Bad batches.** A gradient more than 3 times as long as the longest of late makes a step that is shorter in proportion.
 
@@ -56,8 +56,7 @@ from mechanic_pytorch.distributed import Spread, sum_over_processes
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 PENALTY = 0.5  # what a step that lost counts, against one that gained
 FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
-LOST = 0.1  # of its largest, to which it has to fall to be learned anew
-REGAINED = 0.3  # of its largest, from which it then goes on
+LOST = 0.1  # of its largest, to which it has to fall to be learned anew, from there
 FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
@@ -240,7 +239,7 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
     scale = new.scales.sum(-1)
     is_lost = scale < LOST * memory.peak
     is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
-    regained = torch.maximum(scale, REGAINED * memory.peak)
+    regained = LOST * memory.peak
     shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
     nothing = torch.zeros_like(shares)
     fresh = TunerState(nothing, nothing, nothing, shares)
