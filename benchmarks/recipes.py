@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.convergence import data
-from benchmarks.convergence.fill import print_or_fill
+from benchmarks.convergence.fill import print_or_fill, setting
 from benchmarks.convergence.report import markdown_table
 from benchmarks.convergence.tasks import EVALUATION, Standardise, batches, mlp
 from rich.progress import track
@@ -246,8 +245,7 @@ def main() -> None:
         made[topic] = markdown_table([title, *head], [row(case) for case in track(TOPICS[topic], topic)])
     made["origin"] = (
         f"<sub>Perceptron, Fashion-MNIST, {STEPS} steps, means over {len(SEEDS)} seeds (smallest to largest); "
-        f"`python -m benchmarks.recipes --fill docs/recipes.md`, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, one thread.</sub>"
+        f"`python -m benchmarks.recipes --fill docs/recipes.md`, {setting()}</sub>"
     )
     print_or_fill(options.fill, "recipes", made)
 

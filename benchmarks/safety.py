@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from benchmarks.convergence.fill import print_or_fill
+from benchmarks.convergence.fill import print_or_fill, setting
 from benchmarks.convergence.report import markdown_table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
@@ -429,8 +428,7 @@ def main() -> None:
     made["disturbances"] = markdown_table(head, rows)
     made["origin"] = (
         f"<sub>`python -m benchmarks.safety {' '.join(sys.argv[1:])}`, "
-        f"{f'means of {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, one thread.</sub>"
+        f"{f'means of {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}; {setting()}</sub>"
     )
     print_or_fill(options.fill, "safety", made)
 

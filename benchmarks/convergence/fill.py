@@ -6,11 +6,14 @@ A mark is a line `<!-- convergence: NAME -->`; what stands between it and the ne
 from __future__ import annotations
 
 import math
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from .compare import TaskResults, apart, geometric, over, points
 from .methods import FIXED, LEARNED, NAMES, TEACHER
@@ -57,6 +60,11 @@ def print_or_fill(page: Path | None, program: str, made: Mapping[str, str]) -> N
         print("\n\n".join(made.values()))
     else:
         page.write_text(between_marks(page.read_text(encoding="utf-8"), program, made.get), encoding="utf-8")
+
+
+def setting() -> str:
+    """Return with what a program runs: versions, machine, threads."""
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread."
 
 
 def overview(tables: Sequence[TaskResults]) -> str:
