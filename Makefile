@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo test lint types unit docs site wheel clean
+.PHONY: help demo test lint types unit gpu docs site wheel clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +24,16 @@ types: .venv/.dev ## strict type check of src
 
 unit: .venv/.dev .venv/peers ## all tests
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+
+# Where tests that name no device work on the GPU. Those of other files name theirs, start processes or need none.
+ON_GPU := $(addprefix tests/test_,$(addsuffix .py,amp auto_start bases closures compile control counts edits fused \
+	gradients groups hooks_and_schedulers paper per_group resume start telemetry tune))
+
+gpu: .venv/.dev .venv/peers ## on a machine with a CUDA device: its tests, with each kernel, and the figures of docs/speed.md
+	$(BIN)/pytest --numprocesses 4 tests/test_cuda.py tests/test_triton.py tests/test_kernels.py tests/test_checked.py
+	MECHANIC_TEST_DEVICE=cuda $(BIN)/pytest --numprocesses 4 $(ON_GPU)
+	MECHANIC_TEST_DEVICE=cuda MECHANIC_KERNEL=foreach $(BIN)/pytest --numprocesses 4 $(ON_GPU)
+	$(BIN)/python -m benchmarks.step_cost --device cuda --fill docs/speed.md --plot docs/step_cost_gpu.png
 
 docs: .venv/.dev ## run every Python block of the documentation, and build it as a site, strictly
 	$(BIN)/python tools/run_markdown.py docs/*.md

@@ -26,8 +26,7 @@ from typing import Any
 
 import pytorch_optimizer as po
 import torch
-from benchmarks.convergence.fill import print_or_fill
-from benchmarks.convergence.report import markdown_table
+from benchmarks.pages import markdown_table, print_or_fill
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

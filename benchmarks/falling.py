@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 
 from benchmarks.convergence.compare import TaskResults, geometric
-from benchmarks.convergence.fill import print_or_fill, relative
+from benchmarks.convergence.fill import relative
 from benchmarks.convergence.methods import TEACHER
-from benchmarks.convergence.report import markdown_table
 from benchmarks.convergence.tasks import TASKS
+from benchmarks.pages import markdown_table, print_or_fill
 
 RESULTS = Path(__file__).parent / "convergence" / "results.jsonl"
 PRESENT = RESULTS.with_name("plain-steps.jsonl")

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 from benchmarks.convergence import data
-from benchmarks.convergence.fill import print_or_fill, setting
-from benchmarks.convergence.report import markdown_table
 from benchmarks.convergence.tasks import EVALUATION, Standardise, batches, mlp
+from benchmarks.pages import markdown_table, print_or_fill, setting
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -27,8 +27,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from benchmarks.convergence.fill import print_or_fill, setting
-from benchmarks.convergence.report import markdown_table
+from benchmarks.pages import markdown_table, print_or_fill, setting
 from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
 from torch.nn import functional as F

@@ -1,14 +1,15 @@
 """What a mechanized step costs beside a plain one: time, operations, host reads, memory.
 
     pip install --no-deps --target peers mechanic-pytorch==0.0.1
-    python benchmarks/step_cost.py --peers peers --json cost.json --plot cost.png
+    python -m benchmarks.step_cost --peers peers --json cost.json --plot docs/step_cost.png --fill docs/speed.md
 
 Each method is run in turn with its plain base, on parameters and gradients of the same shapes, in one process; a time
-is the median over rounds of the ratio of two neighbours. Operations, host reads and bytes are counted, not measured.
-Before a time is reported, all kernels are compared with the reference.
+is the median over rounds of the ratio of two neighbours. On a GPU it is how long the device is busy, with all work
+queued before it begins; how long the host is, which queues it, has a table of its own. Operations, host reads and
+bytes are counted, not measured. Before a time is reported, all kernels are compared with the reference.
 
 Version 0.0.1 has the same import name, so it is loaded from a directory of its own. The other peers are those of the
-packages dog-optimizer and pytorch-optimizer.
+packages dog-optimizer and pytorch-optimizer; without these, their rows are left out.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dog
-import pytorch_optimizer as po
 import torch
+from benchmarks.counting import Operations, state_bytes, transient_bytes
+from benchmarks.pages import markdown_table, print_or_fill
+from benchmarks.start import load_old
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from counting import Operations, state_bytes, transient_bytes
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.kernels import KERNELS, missing_for_triton
-from start import load_old
+from mechanic_pytorch.kernels.rule import Rule
 
 WIDTH, LAYERS = 512, 12
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -58,7 +60,18 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
         *[(32, 16, 1, 1), (64, 32, 1, 1), (10, 64), (64,), (10,)],
     ],
     "LoRA, 1.8M in 300 tiny tensors": [(8, 768), (768, 8)] * 150,
+    "tiny, 0.1M in 6 tensors": [(128, 640), (128,), (128, 128), (128,), (10, 128), (10,)],
     "one tensor of 100M": [(10_000, 10_000)],
+}
+WIDE = 768
+BLOCK = [(WIDE,)] * 2 + [(3 * WIDE, WIDE), (3 * WIDE,), (WIDE, WIDE), (WIDE,)] + [(WIDE,)] * 2
+ON_GPU: dict[str, list[tuple[int, ...]]] = {
+    "GPT-2, 124M in 148 tensors": [
+        (50304, WIDE),
+        (1024, WIDE),
+        *[shape for _ in range(12) for shape in [*BLOCK, (4 * WIDE, WIDE), (4 * WIDE,), (WIDE, 4 * WIDE), (WIDE,)]],
+        *[(WIDE,)] * 2,
+    ],
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -76,7 +89,13 @@ class Method:
 
 def kernels(device: str) -> list[str]:
     """Return the names of the kernels that run on a device."""
-    return [*KERNELS] if missing_for_triton(torch.device(device)) else sorted({*KERNELS, "triton"})
+    if device == "cpu":
+        return [*KERNELS]
+    return ["foreach", "for_loop"] if missing_for_triton(torch.device(device)) else ["triton", "foreach", "for_loop"]
+
+
+class BlackBox(torch.optim.AdamW):
+    """AdamW, of which nothing is known: its step is called, and no pass is saved."""
 
 
 def methods(peers: Path, device: str) -> list[Method]:
@@ -85,28 +104,38 @@ def methods(peers: Path, device: str) -> list[Method]:
     def plain(base: Any, **options: Any) -> Build:
         return lambda params: base(params, lr=1e-3, **options)
 
-    def ours(base: Any, **options: Any) -> Build:
-        return lambda params: mechanize(base)(params, lr=1.0, **options)
+    def ours(base: Any, s_init: Any = 1e-8, **options: Any) -> Build:
+        return lambda params: mechanize(base, s_init=s_init)(params, lr=1.0, **options)
 
     adamw, sgd = torch.optim.AdamW, torch.optim.SGD
-    fused, foreach, momentum = (
-        plain(adamw, fused=True),
-        plain(adamw, foreach=True),
-        plain(sgd, fused=True, momentum=0.9),
-    )
-    old = load_old(peers)
+    fused, foreach = plain(adamw, fused=True), plain(adamw, foreach=True)
+    momentum = plain(sgd, fused=True, momentum=0.9)
+    old = load_old(peers)(adamw)
+    others = [Method("fused AdamW, mechanized by 0.0.1", lambda params: old(params, lr=1.0, fused=True), fused)]
+    try:
+        import dog
+        import pytorch_optimizer as po
+    except ImportError:
+        print("The packages dog-optimizer and pytorch-optimizer are not both here: no rows for other tuners.")
+    else:
+        others += [
+            Method("Prodigy", lambda params: po.Prodigy(params, lr=1.0), fused),
+            Method("D-Adaptation, Adam", lambda params: po.DAdaptAdam(params, lr=1.0), fused),
+            Method("DoG", lambda params: dog.DoG(params, lr=1.0), momentum),
+            Method("LDoG", lambda params: dog.LDoG(params, lr=1.0), momentum),
+            Method("Schedule-Free AdamW", lambda params: po.ScheduleFreeAdamW(params, lr=1e-3), fused),
+            Method("TRAC around fused AdamW", lambda params: po.TRAC(fused(params)), fused),
+        ]
     return [
         Method("fused AdamW, mechanized", ours(adamw, fused=True), fused),
+        Method("the same, auto", ours(adamw, "auto", fused=True), fused),
+        Method("fused AdamW as a black box, mechanized", ours(BlackBox, fused=True), fused),
+        Method("the same black box, auto", ours(BlackBox, "auto", fused=True), fused),
         *[Method(f"… kernel {name}", ours(adamw, fused=True), fused, name) for name in kernels(device)],
+        Method("AdamW as torch chooses, mechanized", ours(adamw), plain(adamw)),
         Method("foreach AdamW, mechanized", ours(adamw, foreach=True), foreach),
         Method("fused SGD with momentum, mechanized", ours(sgd, fused=True, momentum=0.9), momentum),
-        Method("fused AdamW, mechanized by 0.0.1", lambda params: old(adamw)(params, lr=1.0, fused=True), fused),
-        Method("Prodigy", lambda params: po.Prodigy(params, lr=1.0), fused),
-        Method("D-Adaptation, Adam", lambda params: po.DAdaptAdam(params, lr=1.0), fused),
-        Method("DoG", lambda params: dog.DoG(params, lr=1.0), momentum),
-        Method("LDoG", lambda params: dog.LDoG(params, lr=1.0), momentum),
-        Method("Schedule-Free AdamW", lambda params: po.ScheduleFreeAdamW(params, lr=1e-3), fused),
-        Method("TRAC around fused AdamW", lambda params: po.TRAC(fused(params)), fused),
+        *others,
         Method("foreach AdamW, plain", foreach, fused),
     ]
 
@@ -114,9 +143,9 @@ def methods(peers: Path, device: str) -> list[Method]:
 def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[nn.Parameter]:
     """Return parameters with gradients."""
     torch.manual_seed(0)
-    params = [nn.Parameter((0.02 * torch.randn(shape)).to(device, dtype)) for shape in shapes]
+    params = [nn.Parameter((0.02 * torch.randn(shape, device=device)).to(dtype)) for shape in shapes]
     for p in params:
-        p.grad = (1e-3 * torch.randn(p.shape)).to(device, dtype)
+        p.grad = (1e-3 * torch.randn(p.shape, device=device)).to(dtype)
     return params
 
 
@@ -151,13 +180,23 @@ def check_kernels(device: str) -> None:
                 torch.testing.assert_close(p, q, msg=lambda text, kernel=kernel: f"kernel {kernel}: {text}")
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """Return how long a call takes."""
+def seconds(call: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Return how long a call takes: the device, and the host."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        return took, took
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(60_000_000)  # some 30 ms, in which the host queues all of the call
+    events[0].record()
     start = time.perf_counter()
     call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3, took
 
 
 def cost(method: Method, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
@@ -168,15 +207,20 @@ def cost(method: Method, shapes: list[tuple[int, ...]], dtype: torch.dtype, devi
     for module in (base, optimizer):
         getattr(module, "train", lambda: None)()  # Schedule-Free wants to be told
     with forced(method.kernel):
-        for _ in range(3):  # state is created, and ours looks whether the base moves
+        for _ in range(4):  # state is created, and ours looks whether the base moves
             base.step()
             optimizer.step()
-        ratios = [seconds(optimizer.step, device) / seconds(base.step, device) for _ in range(rounds)]
+        ours, theirs = zip(
+            *[(seconds(optimizer.step, device), seconds(base.step, device)) for _ in range(rounds)], strict=True
+        )
         with Operations() as operations:
             optimizer.step()
         return {
             "method": method.name,
-            "time": statistics.median(ratios),
+            "time": statistics.median(mine[0] / other[0] for mine, other in zip(ours, theirs, strict=True)),
+            "plain, ms": 1e3 * statistics.median(other[0] for other in theirs),
+            "host, ms": 1e3 * statistics.median(mine[1] for mine in ours),
+            "plain host, ms": 1e3 * statistics.median(other[1] for other in theirs),
             "operations": sum(operations.count.values()),
             "host reads": operations.host_reads,
             "kept bytes per weight": state_bytes(optimizer) / weights,
@@ -185,32 +229,55 @@ def cost(method: Method, shapes: list[tuple[int, ...]], dtype: torch.dtype, devi
 
 
 def bandwidth(device: str, rounds: int) -> dict[str, float]:
-    """Return how fast memory moves, in GB/s: in a copy, and in a step of fused AdamW, which moves 7 words a weight."""
+    """Return how fast memory moves, in GB/s, on 100M weights: in a copy, in fused AdamW, in our kernels."""
     (p,) = parameters([(10_000, 10_000)], torch.float32, device)
-    x, y = torch.empty_like(p), torch.empty_like(p)
+    x, g = p.detach(), p.grad
+    y, m, v = torch.empty_like(x), torch.zeros_like(x), torch.ones_like(x)
     base = torch.optim.AdamW([p], lr=1e-3, fused=True)
     base.step()
-    calls = {"a copy": (2, lambda: x.copy_(y)), "fused AdamW": (7, base.step)}
-    return {
-        name: words * p.nbytes / statistics.median(seconds(call, device) for _ in range(rounds)) / 1e9
-        for name, (words, call) in calls.items()
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {  # words moved per weight
+        "a copy": (2, lambda: y.copy_(x)),
+        "fused AdamW": (7, base.step),
     }
+    if not missing_for_triton(torch.device(device)):
+        from mechanic_pytorch.kernels import triton
+
+        one = torch.ones((), device=device)
+        options = {"amsgrad": False, "maximize": False, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+        options |= {"weight_decay": 0.01, "grad_scale": None, "found_inf": torch.zeros_like(one)}
+        rule = Rule(torch._fused_adamw_, [[m], [v]], 1, [one], options)
+        calls |= {
+            "measure": (3, lambda: triton.measure([x], [g], [y])),
+            "measure, with a copy": (4, lambda: triton.measure([x], [g], [y], [m])),
+            "move": (5, lambda: triton.move([x], [m], [y], None, one, one)),
+            "AdamW and move in one pass": (9, lambda: triton.step_and_move(rule, [x], [g], [y], None, one, one)),
+        }
+    speeds = {}
+    for name, (words, call) in calls.items():
+        for _ in range(3):
+            call()
+        took = statistics.median(seconds(call, device)[0] for _ in range(2 * rounds))
+        speeds[name] = words * x.nbytes / took / 1e9
+    return speeds
 
 
 class GPT(nn.Module):
-    """A small language model of 3.4M weights."""
+    """A language model, by default a small one of 3.4M weights."""
 
-    def __init__(self, characters: int = 96, width: int = 256, layers: int = 4) -> None:
+    def __init__(
+        self, characters: int = 96, width: int = 256, layers: int = 4, batch: tuple[int, int] = (8, 128)
+    ) -> None:
         super().__init__()
+        self.shape = batch[0], batch[1] + 1
         self.embedding = nn.Embedding(characters, width)
         layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, characters)
 
     def loss(self) -> Tensor:
-        """Return the loss on some batch of 8 texts of 128 characters."""
-        text = torch.randint(96, (8, 129), device=self.head.weight.device)
-        mask = nn.Transformer.generate_square_subsequent_mask(128, device=text.device)
+        """Return the loss on some batch."""
+        text = torch.randint(self.embedding.num_embeddings, self.shape, device=self.head.weight.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(self.shape[1] - 1, device=text.device)
         logits = self.head(self.layers(self.embedding(text[:, :-1]), mask, is_causal=True))
         return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
 
@@ -235,23 +302,39 @@ class CNN(nn.Module):
         return F.cross_entropy(self.head(self.layers(images)), labels)
 
 
-def training_ratio(model: type[GPT | CNN], device: str, rounds: int) -> float:
+MODELS: dict[str, Callable[[], Any]] = {"GPT of 3.4M": GPT, "CNN of 0.3M": CNN}
+MODELS_ON_GPU: dict[str, Callable[[], Any]] = {"GPT of 163M, bf16 autocast": lambda: GPT(50304, WIDE, 12, (8, 1024))}
+
+
+def training_ratio(model: Callable[[], Any], s_init: float | str, device: str, rounds: int) -> float:
     """Return how much longer a whole training step takes when fused AdamW is mechanized."""
     steps = []
-    for cls, lr in ((torch.optim.AdamW, 1e-3), (mechanize(torch.optim.AdamW), 1.0)):
+    for cls, lr in ((torch.optim.AdamW, 1e-3), (mechanize(torch.optim.AdamW, s_init=s_init), 1.0)):
         torch.manual_seed(0)
         network = model().to(device)
         optimizer = cls(network.parameters(), lr=lr, fused=True)
 
         def step(network: Any = network, optimizer: Any = optimizer) -> None:
             optimizer.zero_grad()
-            network.loss().backward()
+            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+                loss = network.loss()
+            loss.backward()
             optimizer.step()
 
         steps.append(step)
-    for _ in range(3):
+
+    def whole(step: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(4):
         steps[0](), steps[1]()
-    return statistics.median(seconds(steps[1], device) / seconds(steps[0], device) for _ in range(rounds))
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return statistics.median(whole(steps[1]) / whole(steps[0]) for _ in range(rounds))
 
 
 def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -259,9 +342,13 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(11, 2.6 * ((len(tables) + 1) // 2) + 0.6), layout="constrained")
     axes = list(figure.subplots((len(tables) + 1) // 2, 2, squeeze=False).flat)
     for (title, rows), axis in zip(tables.items(), axes, strict=False):
-        names = [row["method"].partition(" (fails")[0] for row in rows][::-1]
+        names = [row["method"] for row in rows][::-1]
         times = [row.get("time", 0.0) for row in rows][::-1]
-        axis.barh(names, times, color=["C0" if "mechanized" in n and "0.0.1" not in n else "0.7" for n in names])
+        axis.barh(
+            names,
+            times,
+            color=["C0" if ("mechanized" in n and "0.0.1" not in n) or "auto" in n else "0.7" for n in names],
+        )
         labels = [f"{row['time']:.1f}" if "time" in row else "fails" for row in rows][::-1]
         axis.bar_label(axis.containers[0], labels, padding=2, fontsize=7)
         axis.axvline(1, color="0.3", linewidth=0.8)
@@ -274,15 +361,52 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table."""
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", f"|---|{'---|' * (len(names) - 1)}"]
-    for row in rows:
-        values = [row.get(name, "") for name in names]
-        cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def large(figures: Mapping[str, Any]) -> list[str]:
+    """Return the tables in which the time of a step says something: on a GPU, those of large models."""
+    small = ("ResNet", "LoRA", "tiny") if figures["gpu"] else ()
+    return [title for title in figures["tables"] if not title.startswith(small)]
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """Return what was measured, as Markdown."""
+    on_gpu, tables = figures["gpu"], figures["tables"]
+    names = [row["method"] for row in next(iter(tables.values())) if not row["method"].startswith("…")]
+    if "GPT-2" in " ".join(tables):
+        names = [name for name in names if name != "foreach AdamW, mechanized"]  # what torch chooses there
+
+    def table(column: str, form: str, titles: Iterable[str], about: str) -> str:
+        columns = [{row["method"]: row for row in tables[title]} for title in titles]
+        rows = [
+            [name, *(format(rows[name][column], form) if column in rows[name] else "fails" for rows in columns)]
+            for name in names
+        ]
+        plain = [format(tables[title][0][about], ".2f") for title in titles]
+        return markdown_table(["", *titles], [*rows, ["plain fused AdamW, ms", *plain]])
+
+    single = [title for title in tables if "float32" in title]
+    parts = []
+    if on_gpu:
+        parts += [
+            "Time that the device is busy with a step, as a ratio to the plain base; of small models that is next to "
+            "nothing:",
+            table("time", ".1f", large(figures), "plain, ms"),
+            "Time that the host is busy with a step, in ms; what reads from the device waits here for some 10 ms of "
+            "other work:",
+            table("host, ms", ".1f", single, "plain host, ms"),
+        ]
+    else:
+        parts += ["Time of a step, as a ratio to the plain base:", table("time", ".1f", tables, "plain, ms")]
+    parts += [
+        "Bytes per weight that come and go in a step:",
+        table("transient bytes per weight", ".1f", large(figures)[-2:], "plain, ms").rpartition("\n")[0],
+    ]
+    speeds = figures["GB/s"]
+    rows = [[name, f"{speed:.0f}", f"{speed / speeds['a copy']:.0%}"] for name, speed in speeds.items()]
+    parts.append(markdown_table(["100M weights in float32", "GB/s", "of a copy"], rows))
+    whole = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in figures["training"].items())
+    parts.append(f"A whole training step, as a ratio to the one with plain fused AdamW: {whole}.")
+    parts.append(f"<sub>`{figures['command']}`; {figures['machine']}; medians of {figures['rounds']} rounds.</sub>")
+    return "\n\n".join(parts)
 
 
 def machine(device: str) -> str:
@@ -291,54 +415,70 @@ def machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def measured(peers: Path, device: str, beginnings: list[str], dtypes: list[str], rounds: int) -> dict[str, Any]:
+    """Check the kernels and return all figures."""
+    on_gpu = device != "cpu"
+    check_kernels(device)
+    jobs = [
+        (f"{shape}, {dtype}", method, sizes, DTYPES[dtype])
+        for shape, sizes in ((SHAPES | ON_GPU) if on_gpu else SHAPES).items()
+        if shape.startswith(tuple(beginnings))
+        for dtype in dtypes
+        for method in methods(peers, device)
+    ]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for title, method, shapes, dtype in track(jobs, transient=True, console=Console(stderr=True)):
+        try:
+            row = cost(method, shapes, dtype, device, rounds)
+        except RuntimeError as error:
+            if "mechanized" in method.name and "0.0.1" not in method.name:
+                raise
+            row = {"method": method.name, "fails": str(error).splitlines()[0]}
+        tables.setdefault(title, []).append(row)
+    training = {
+        f"{name}, {'auto' if s_init == 'auto' else 'a number'}": training_ratio(model, s_init, device, 3 * rounds)
+        for name, model in (MODELS_ON_GPU if on_gpu else MODELS).items()
+        for s_init in (1e-8, "auto")
+    }
+    return {
+        "gpu": on_gpu,
+        "machine": machine(device),
+        "rounds": rounds,
+        "command": "python -m benchmarks.step_cost --fill docs/speed.md --plot "
+        f"docs/step_cost{'_gpu' if on_gpu else ''}.png",
+        "tables": tables,
+        "training": training,
+        "GB/s": bandwidth(device, rounds),
+    }
+
+
 def main() -> None:
     """Check, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, default=Path(".venv/peers"), help="directory that holds 0.0.1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="beginnings of names: GPT ResNet LoRA one")
+    parser.add_argument("--shapes", nargs="*", default=[""], help="beginnings of names: GPT ResNet LoRA tiny one")
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw the times there")
+    parser.add_argument("--fill", type=Path, help="the page to write the tables into, else they are printed")
+    parser.add_argument(
+        "--measured", type=Path, help="report the figures of a --json of before, perhaps from elsewhere"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_optimizer")
     warnings.filterwarnings("ignore", "Mechanized.* lost in rounding")
 
-    check_kernels(arguments.device)
-    jobs = [
-        (f"{shape}, {dtype}", method, SHAPES[shape], DTYPES[dtype])
-        for shape in SHAPES
-        if shape.startswith(tuple(arguments.shapes))
-        for dtype in arguments.dtypes
-        for method in methods(arguments.peers, arguments.device)
-    ]
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for title, method, shapes, dtype in track(jobs, transient=True):
-        try:
-            row = cost(method, shapes, dtype, arguments.device, arguments.rounds)
-        except RuntimeError as error:
-            if "mechanized" in method.name and "0.0.1" not in method.name:
-                raise
-            row = {"method": f"{method.name} (fails: {str(error).splitlines()[0]})"}
-        tables.setdefault(title, []).append(row)
-    training = {
-        model.__name__: training_ratio(model, arguments.device, 3 * arguments.rounds)  # type: ignore[arg-type]
-        for model in (GPT, CNN)
-    }
-
-    for title, rows in tables.items():
-        print(f"\n### {title}\n\n{markdown(rows)}")
-    print("\nWhole training step, mechanized / plain fused AdamW:", end=" ")
-    print(", ".join(f"{name} {ratio:.2f}" for name, ratio in training.items()))
-    speeds = bandwidth(arguments.device, arguments.rounds)
-    print("\nMemory moves at", ", ".join(f"{speed:.0f} GB/s in {name}" for name, speed in speeds.items()))
-    print(f"\n{machine(arguments.device)}; median of {arguments.rounds} rounds")
+    if arguments.measured:
+        figures = json.loads(arguments.measured.read_text(encoding="utf-8"))
+    else:
+        figures = measured(arguments.peers, arguments.device, arguments.shapes, arguments.dtypes, arguments.rounds)
     if arguments.json:
-        figures = {"machine": machine(arguments.device), "tables": tables, "training": training, "GB/s": speeds}
         arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     if arguments.plot:
-        plot(tables, arguments.plot)
+        plot({title: rows for title, rows in figures["tables"].items() if title in large(figures)}, arguments.plot)
+    print_or_fill(arguments.fill, "step cost", {"gpu" if figures["gpu"] else "cpu": text(figures)})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from device import DEVICE
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which torch.compile does, too
 
@@ -17,3 +19,10 @@ def reproducible(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE:
+        for item in items:
+            if "Adagrad_fused" in item.name:
+                item.add_marker(pytest.mark.skip(reason="torch's fused Adagrad is for CPUs"))

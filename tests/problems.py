@@ -10,7 +10,7 @@ IMAGES, LABELS = torch.tensor(_images / 16, dtype=torch.float32), torch.tensor(_
 
 def batch(t, size=64):
     """Return the t-th batch: images of handwritten digits and their labels. The same at every call."""
-    i = torch.randint(len(LABELS), (size,), generator=torch.Generator().manual_seed(t))
+    i = torch.randint(len(LABELS), (size,), generator=torch.Generator("cpu").manual_seed(t), device="cpu")
     return IMAGES[i], LABELS[i]
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+import device  # noqa: F401  # where to work
+
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 warnings.simplefilter("error")

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bases import CASES
+from device import DEVICE
 from mechanic_pytorch import mechanize
 from problems import batch, full_loss, mlp
 from test_resume import assert_identical
@@ -17,7 +18,7 @@ NAMES = ["SGD_momentum", "SGD_fused", "AdamW", "AdamW_fused", "Adagrad_fused"]
 def scaled_step(model, optimizer, scaler, t, overflow=False, unscale=False, clip=None):
     optimizer.zero_grad()
     images, labels = batch(t)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE or "cpu", torch.bfloat16):
         loss = F.cross_entropy(model(images), labels)
     scaler.scale(loss).backward()
     if overflow:
@@ -39,7 +40,7 @@ def test_the_loss_scale_does_not_matter(name, unscale):
     for init_scale in (None, 1.0, 1024.0, 65536.0):
         model, optimizer = CASES[name].build()
         enabled = init_scale is not None
-        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale or 1.0, enabled=enabled)
+        scaler = torch.amp.GradScaler(DEVICE or "cpu", init_scale=init_scale or 1.0, enabled=enabled)
         losses = [scaled_step(model, optimizer, scaler, t, unscale=unscale and enabled) for t in range(60)]
         runs.append((losses, float(optimizer.scale)))
     assert runs[0][1] > 1e-5
@@ -50,7 +51,7 @@ def test_the_loss_scale_does_not_matter(name, unscale):
 def test_overflow_skips_the_step_and_lowers_the_loss_scale(name):
     for t_overflow in (0, 5):
         model, optimizer = CASES[name].build()
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(DEVICE or "cpu", init_scale=1024.0)
         for t in range(t_overflow):
             scaled_step(model, optimizer, scaler, t)
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -68,7 +69,7 @@ def test_overflow_skips_the_step_and_lowers_the_loss_scale(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_with_a_scaler_that_overflows_at_first(name):
     model, optimizer = CASES[name].build()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=20)
+    scaler = torch.amp.GradScaler(DEVICE or "cpu", init_scale=2.0**15, growth_interval=20)
     for t in range(250):
         scaled_step(model, optimizer, scaler, t, overflow=t < 5 or t % 50 == 0, clip=1.0 if t % 2 else None)
     assert full_loss(model) < 0.4
@@ -79,7 +80,7 @@ def test_trains_with_a_scaler_that_overflows_at_first(name):
 def test_the_scaler_has_the_last_word(trained):
     """It may have seen an overflow that somebody has since cleaned out of the gradients."""
     model, optimizer = CASES["AdamW_fused"].build()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE or "cpu", init_scale=1024.0)
     for t in range(trained):
         scaled_step(model, optimizer, scaler, t)
     before = copy.deepcopy(model.state_dict())
@@ -98,6 +99,8 @@ def test_the_scaler_has_the_last_word(trained):
 def test_the_scaler_sees_whether_the_base_unscales():
     """The attribute that `GradScaler` asks for is that of the base."""
     for name in NAMES:
+        if name == "Adagrad_fused" and torch.cuda.is_available():
+            continue  # there torch takes it for one that unscales when its parameters are on CPUs alone
         case = CASES[name]
         _, optimizer = case.build()
         plain = case.base(mlp().parameters(), lr=1.0, **case.options)

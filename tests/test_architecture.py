@@ -33,7 +33,7 @@ ALLOWED = {
         "distributed",
     },
     "optim": {"_classes", "mechanic"},
-    "telemetry": {"_base", "_state", "mechanic"},
+    "telemetry": {"_base", "_state", "kernels", "mechanic"},
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
 OPTIONAL = {

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import oracle
 from counting import Operations
+from device import DEVICE
 from mechanic_pytorch import mechanize
 from problems import SparseClassifier, full_loss, loss_of, mlp, train
 from test_paper import objective
@@ -228,7 +229,7 @@ def test_scaled_gradients_make_the_same_start():
     for init_scale in (1.0, 2.0**16):
         model = mlp()
         optimizer = auto("AdamW_fused", model.parameters())
-        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        scaler = torch.amp.GradScaler(DEVICE or "cpu", init_scale=init_scale)
         for t in range(20):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, t)).backward()

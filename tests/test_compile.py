@@ -109,6 +109,19 @@ def test_no_graph_break(name, lr):
     assert graphs.compiled == (1 if isinstance(lr, torch.Tensor) else 2), "a float is taken for a constant once"
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW_fused"])
+def test_no_graph_break_once_a_gpu_is_in_use(name, monkeypatch):
+    """Whether a CUDA graph records is a question that breaks the compiler's own graph, on a GPU."""
+
+    def is_capturing():
+        torch._dynamo.graph_break()
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
+    test_no_graph_break(name, 1.0)
+
+
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])
 def test_a_start_without_units_is_compiled_once_known(name):
     (model, optimizer), (twin, other) = (build(name, torch.float64, s_init="auto") for _ in range(2))

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 import oracle
 from bases import CASES
 from counting import Operations, transient_bytes
+from device import DEVICE
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._control import NOT_IN_PROPORTION, bounded
 from mechanic_pytorch._state import TunerState
@@ -268,7 +269,7 @@ def test_a_scaler_is_obeyed(name, skip_nonfinite):
     twin, plain = plain_twin(model, optimizer, name)
     runs = []
     for m, o in ((model, optimizer), (twin, plain)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(DEVICE or "cpu", init_scale=1024.0)
         for t in range(6):
             o.zero_grad()
             scaler.scale(loss_of(m, t)).backward()
@@ -318,7 +319,8 @@ def test_a_frozen_step_costs_what_the_base_costs(base, options, skip_nonfinite):
     assert looks <= (tensors + 1 if skip_nonfinite else 0), "one pass over the gradients"
     assert more.total() <= (32 if skip_nonfinite else 16), "on single numbers"
     assert ours.host_reads - theirs.host_reads == (skip_nonfinite and not options.get("fused"))
-    assert our_bytes <= their_bytes + 2048
+    # A number takes 64 bytes at least, or 512 on a GPU.
+    assert our_bytes <= their_bytes + (16384 if DEVICE else 2048)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

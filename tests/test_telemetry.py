@@ -5,12 +5,14 @@ import dataclasses
 import gc
 import io
 import json
+import os
 import weakref
 
 import pytest
 import torch
 
 from counting import Operations
+from device import DEVICE
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import ReadOut, Series, Trace, inside, read, read_out, snapshot
 from problems import loss_of, mlp, train
@@ -48,6 +50,7 @@ def test_it_reads_what_the_optimizer_says(dtype, s_init):
         sum_squared_products=[home["mechanic_sum_squared_products"].tolist()],
         reward=[home["mechanic_reward"].tolist()],
         scales=[home["mechanic_scales"].tolist()],
+        kernels={"cuda:0": os.environ.get("MECHANIC_KERNEL", "triton")} if DEVICE else {"cpu": "blocks"},
     )
     assert optimizer.scale > 0
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs, see conftest.py
+triton = pytest.importorskip("triton", reason="there are no wheels of Triton for macOS and Windows")
 interpreter = pytest.importorskip(
     "triton.runtime.interpreter", reason="there are no wheels of Triton for macOS and Windows"
 )
@@ -19,7 +21,7 @@ from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.kernels import for_loop
 from mechanic_pytorch.kernels import triton as kernel
 from mechanic_pytorch.kernels.rule import Rule
-from test_kernels import DTYPES, assert_all_close, problem
+from test_kernels import DTYPES, TOLERANCE, assert_all_close, problem
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -72,18 +74,20 @@ def contract():
         test_kernels.test_move_equals_the_reference,
         test_kernels.test_one_tensor_at_a_time_is_the_same,
         test_kernels.test_move_is_the_formula_of_the_paper,
+        test_kernels.test_a_plain_step_is_that_of_the_base_scaled,
+        test_kernels.test_plain_sums_are_of_the_way_gone,
         test_kernels.test_compensation_keeps_what_rounding_takes,
         test_kernels.test_compensation_of_an_overwritten_weight_is_dropped,
         test_kernels.test_a_weight_that_does_not_move_keeps_its_compensation_to_the_bit,
     ):
         parameters = dict(mark.args for mark in test.pytestmark)
-        for dtype, keep in itertools.product(parameters.get("dtype", [None]), parameters.get("keep", [None])):
-            yield pytest.param(test, dtype, keep, id=f"{test.__name__.removeprefix('test_')}-{dtype}-{keep}")
+        for dtype, part in itertools.product(parameters.get("dtype", [None]), parameters.get("part", [None])):
+            yield pytest.param(test, dtype, part, id=f"{test.__name__.removeprefix('test_')}-{dtype}-{part}")
 
 
-@pytest.mark.parametrize(("test", "dtype", "keep"), list(contract()))
-def test_contract(test, dtype, keep, monkeypatch):
-    arguments = {"name": "triton", "dtype": dtype, "keep": keep, "device": DEVICE}
+@pytest.mark.parametrize(("test", "dtype", "part"), list(contract()))
+def test_contract(test, dtype, part, monkeypatch):
+    arguments = {"name": "triton", "dtype": dtype, "part": part, "device": DEVICE}
     names = test.__code__.co_varnames[: test.__code__.co_argcount]
     monkeypatch.setattr(test_kernels, "problem", lambda dtype, _: problem(dtype, DEVICE))
     with torch.device(DEVICE):
@@ -194,7 +198,11 @@ def test_step_and_move_is_the_bases_step_and_move(name, dtype, scaled):
                 g.add_(0.1 * t)
             step(*ours, *scales(dtype, 0.1 * t, 0.1 * t + 0.1, *([0.7] if t == 1 else [])))
         results.append(tensors_of(*ours))
-    assert_all_close(*results, dtype)
+    close = dict(TOLERANCE[dtype])
+    if DEVICE == "cuda" and dtype == torch.float32:
+        close["atol"] = 4e-6  # torch adds to products that are not rounded; in three steps, to numbers of up to 5
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, **close)
     if not scaled:
         grads = slice(len(ours[1]), 2 * len(ours[1]))
         assert all(map(torch.equal, results[0][grads], results[1][grads]))
@@ -203,10 +211,14 @@ def test_step_and_move_is_the_bases_step_and_move(name, dtype, scaled):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("adam")])
 def test_step_and_move_in_less_than_32_bits(name, dtype):
-    """A number at a rounding boundary may fall on either side. Averages of numbers of 8 bits often are, 1 in 150."""
+    """A number at a rounding boundary may fall on either side.
+
+    Averages of numbers of 8 bits often are, unless, as here, both sides compute the average exactly.
+    """
     results = []
     for step in (kernel.step_and_move, expected_step):
         ours = step_problem(name, dtype)
+        ours[0].options.update(beta1=1 - 2**-3, beta2=1 - 2**-4)
         step(*ours, *scales(dtype, 0.2, 0.5, 0.6))
         results.append([t.float().flatten() for t in tensors_of(*ours)])
     for a, e in zip(*results, strict=True):
@@ -343,17 +355,16 @@ def test_a_graph_gets_tables_of_its_own(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_captured_step_can_be_replayed():
-    ours, others = (step_problem("adamw", torch.float32) for _ in range(2))
+    ours, others, warm_up = (step_problem("adamw", torch.float32) for _ in range(3))
     both = scales(torch.float32)
-    warm_up = step_problem("adamw", torch.float32)
     kernel.step_and_move(*warm_up, *both)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernel.step_and_move(*ours, *both)
     for _ in range(3):
         graph.replay()
-        expected_step(*others, *both)
-    assert_all_close(tensors_of(*ours), tensors_of(*others), torch.float32)
+        kernel.step_and_move(*others, *both)
+    assert all(map(torch.equal, tensors_of(*ours), tensors_of(*others)))
 
 
 def test_tensors_of_more_than_2_to_the_31_numbers():
@@ -364,7 +375,9 @@ def test_tensors_of_more_than_2_to_the_31_numbers():
     table = torch.tensor(column, device=DEVICE).view(-1, 1)
     sums = torch.empty(1, 4, device=DEVICE)
     work = kernel.Work(table, torch.zeros(1, dtype=torch.int64, device=DEVICE), False)
-    kernel._launch(kernel._measure, work, sums, X=x.dtype, G=x.dtype, D=x.dtype, COPY=False)
+    kernel._launch(
+        kernel._measure, work, sums, X=x.dtype, G=x.dtype, D=x.dtype, COPY=False, PLAIN=False, COMPENSATION=None
+    )
     torch.testing.assert_close(sums, x.square().sum().expand(1, 4))
 
 
@@ -394,40 +407,52 @@ def test_an_optimizer_can_use_it(monkeypatch):
     assert_all_close(*weights, torch.float32)
 
 
-def test_it_compiles_without_a_gpu(tmp_path):
-    """The interpreter accepts more than the compiler does."""
-    code = """
+COMPILE = """
+import pathlib, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 
 class Driver:
-    get_current_target = lambda _: GPUTarget("cuda", 80, 32)
+    get_current_target = lambda _: GPUTarget("cuda", int(sys.argv[1]), 32)
     get_current_device = get_current_stream = lambda *_: 0
 
 class Compiler:
     def __init__(self, kernel):
         self.kernel = kernel
     def __getitem__(self, grid):
-        return lambda *args, **options: texts.append(
-            self.kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
-        )
+        return lambda *args, **options: made.append(self.kernel.run(*args, grid=grid, warmup=True, **options).asm)
 
 triton.runtime.driver.set_active(Driver())
 import test_triton as t
 t.kernel._measure, t.kernel._step = map(Compiler, (t.kernel._measure, t.kernel._step))
-texts = []
+made = []
 for name, dtype in [("sgd", torch.bfloat16), ("sgd_nesterov", torch.float64), ("adamw_amsgrad", torch.float32)]:
-    rule, params, grads, deltas, compensations = t.step_problem(name, dtype, torch.ones(()), torch.ones(()))
-    scales = t.scales(dtype, 0.2, 0.5, *([0.6] if dtype is torch.float32 else []))
-    t.kernel.measure(params, grads, deltas, params)
-    t.kernel.move(params, grads, deltas, compensations, *scales)
-    t.kernel.step_and_move(rule, params, grads, deltas, compensations, *scales)
-assert len(texts) == 9
-for text in texts:
-    assert "ld.global.v" in text and "st.global.v" in text, "whole blocks move 16 bytes at a time"
-    assert "fma." not in text, "a product is rounded before it is added"
+    rule, params, grads, kept, compensations = t.step_problem(name, dtype, torch.ones(()), torch.ones(()))
+    for numbers in [(0.2, 0.5), (0.5, 0.5, 0.1)]:
+        scales = t.scales(dtype, *numbers)
+        t.kernel.measure(params, grads, kept, params, compensations, len(numbers) == 3)
+        t.kernel.move(params, grads, kept, compensations, *scales)
+        t.kernel.step_and_move(rule, params, grads, kept, compensations, *scales)
+assert len(made) == 18
+for i, asm in enumerate(made):
+    assert "ld.global.v" in asm["ptx"] and "st.global.v" in asm["ptx"], "whole blocks move 16 bytes at a time"
+    assert "fma." not in asm["ptx"], "a product is rounded before it is added"
+    pathlib.Path(sys.argv[2], f"{i}.cubin").write_bytes(asm["cubin"])
 """
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_it_compiles_without_a_gpu(capability, tmp_path):
+    """The interpreter accepts more than the compiler does. What it needs of a GPU is little: see `BLOCK`."""
     here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.path.join(here, os.pardir, "benchmarks")])
+    path = os.pathsep.join([here, os.path.join(here, os.pardir, "benchmarks"), *sys.path])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", COMPILE, str(capability), str(tmp_path)], env=environment, check=True)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    for cubin in tmp_path.glob("*.cubin"):
+        text = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        uses = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text.rpartition("Function")[2])}
+        assert uses["STACK"] <= 8, "registers spill into memory; in float64, two may"
+        assert uses["LOCAL"] == 0
+        assert uses["REG"] <= 168, "of 65536: three programs of 128 threads share a multiprocessor at least"
+        assert uses["SHARED"] <= 1024

@@ -1,23 +1,17 @@
-"""Tables and figures in the documentation: written by this program between marks, so that none is copied by hand.
-
-A mark is a line `<!-- convergence: NAME -->`; what stands between it and the next `<!-- end -->` is replaced.
-"""
+"""The tables and figures that this program writes into the documentation."""
 
 from __future__ import annotations
 
 import math
-import platform
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
+from benchmarks.pages import between_marks, markdown_table
 
 from .compare import TaskResults, apart, geometric, over, points
 from .methods import FIXED, LEARNED, NAMES, TEACHER
-from .report import accuracies, compose, constants, markdown_table, number, signed
+from .report import accuracies, compose, constants, number, signed
 
 GROUPINGS_SAID = {
     "head": "body and last layer",
@@ -39,32 +33,6 @@ def fill(text: str, tables: Sequence[TaskResults], lines: Sequence[dict[str, Any
         return TABLES[name](compose(lines, PROFILES[name])[1] if name in PROFILES else tables)
 
     return between_marks(text, "convergence", table)
-
-
-def between_marks(text: str, program: str, make: Callable[[str], str | None]) -> str:
-    """Return a Markdown text in which `make(NAME)` stands between each mark of a program and its end.
-
-    What is there stays where that is None. The marks are `<!-- PROGRAM: NAME -->` and `<!-- end -->`.
-    """
-
-    def made(mark: re.Match[str]) -> str:
-        new = make(mark["name"])
-        return mark[0] if new is None else f"{mark[1]}{new}\n"
-
-    return re.sub(rf"(<!-- {program}: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", made, text, flags=re.DOTALL)
-
-
-def print_or_fill(page: Path | None, program: str, made: Mapping[str, str]) -> None:
-    """Print what a program has made, or write it between the program's marks of a page."""
-    if page is None:
-        print("\n\n".join(made.values()))
-    else:
-        page.write_text(between_marks(page.read_text(encoding="utf-8"), program, made.get), encoding="utf-8")
-
-
-def setting() -> str:
-    """Return with what a program runs: versions, machine, threads."""
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread."
 
 
 def overview(tables: Sequence[TaskResults]) -> str:

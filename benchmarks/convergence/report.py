@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.pages import markdown_table
+
 from .compare import TaskResults, apart, geometric, over, points
 from .methods import ABLATION, FIXED, LEARNED, TEACHER, finite
 from .plan import FLOOR
@@ -203,9 +205,3 @@ def number(value: float | None, form: str = ".3g") -> str:
 def signed(value: float) -> str:
     """Return a difference for a table."""
     return format(value, "+.1f") if math.isfinite(value) else "-∞"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---|' * (len(head) - 1)}"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])

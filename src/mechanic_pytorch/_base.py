@@ -73,13 +73,15 @@ def first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]
 
 
 def is_capturing() -> bool:
-    """Tell whether a CUDA graph records the step."""
+    """Tell whether a CUDA graph records the step. No compiler can look into the question, nor has to."""
+    if torch.compiler.is_compiling():
+        return False
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def can_ask_host() -> bool:
     """Tell whether the host can look at a value: not while `torch.compile` or a CUDA graph records the step."""
-    return not (is_capturing() or torch.compiler.is_compiling())
+    return not (torch.compiler.is_compiling() or is_capturing())
 
 
 def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:

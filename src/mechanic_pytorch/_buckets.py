@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch import kernels
-from mechanic_pytorch._state import COMPENSATION, REFERENCE, accumulator_dtype, is_frozen, slot
+from mechanic_pytorch._state import COMPENSATION, REFERENCE, accumulator_dtype, slot
 from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
 from mechanic_pytorch.kernels import Kernel
 
@@ -37,8 +37,7 @@ class Bucket:
     state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    deltas: list[Tensor] = field(default_factory=list)
-    references: list[Tensor] = field(default_factory=list)  # with "auto": what `deltas` are measured from
+    kept: list[Tensor] = field(default_factory=list)  # what is stored under `slot`
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     is_new: bool = False  # some parameter takes part for the first time
 
@@ -46,31 +45,38 @@ class Bucket:
         """Take in a parameter with its gradient and what is stored for it."""
         dtype = accumulator_dtype(p.dtype)
         start = p.detach() if self.slot == REFERENCE else None
-        kept = {self.slot: _kept(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)}
-        delta = kept[self.slot]
+        ours = _kept(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)
+        state = {self.slot: ours}
         self.is_new |= self.slot not in stored
         self.owners.append(p)
-        self.state.append(kept)
+        self.state.append(state)
         if is_dtensor(p):
-            grad, p, delta = local(grad, like=p), local(p), local(delta)
+            grad, p, ours = local(grad, like=p), local(p), local(ours)
         if p.is_complex():
-            grad, p, delta = (torch.view_as_real(tensor.resolve_conj()) for tensor in (grad, p, delta))
+            grad, p, ours = (torch.view_as_real(tensor.resolve_conj()) for tensor in (grad, p, ours))
         self.grads.append(grad)
         self.params.append(p)
-        self.deltas.append(delta)
+        self.kept.append(ours)
         if p.dtype.itemsize < 4:
             # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
-            kept[COMPENSATION] = _kept(stored, COMPENSATION, self.owners[-1], torch.bfloat16)
-            self.compensations.append(local(kept[COMPENSATION]))
+            state[COMPENSATION] = _kept(stored, COMPENSATION, self.owners[-1], torch.bfloat16)
+            self.compensations.append(local(state[COMPENSATION]))
 
-    def displace(self) -> None:
-        """With "auto", let the deltas be the way from the references to the parameters, what rounding took included."""
-        if self.slot != REFERENCE:
-            return
-        self.references = self.deltas
-        self.deltas = list(torch._foreach_sub(self.params, self.references))
-        if self.compensations:
-            torch._foreach_add_(self.deltas, self.compensations)
+    def measure(self, copies: Sequence[Tensor] | None) -> Tensor:
+        """Return the four sums, the gradient being that of what is minimized; shape (4,). Fill the copies."""
+        sums = self.kernel.measure(
+            self.params, self.grads, self.kept, copies, self.compensations or None, self.slot == REFERENCE
+        )
+        return torch.cat([self.sign * sums[:1], sums[1:]])
+
+    def count_moved(self) -> int:
+        """Return how many weights are not where they started. Copies to the host."""
+        ways: Sequence[Tensor] = self.kept
+        if self.slot == REFERENCE:
+            ways = torch._foreach_sub(self.params, self.kept)
+            if self.compensations:
+                torch._foreach_add_(ways, self.compensations)
+        return sum(int(way.count_nonzero()) for way in ways)
 
     def densify(self) -> None:
         """Replace sparse gradients by dense copies."""
@@ -108,27 +114,14 @@ def collect(optimizer: Any) -> tuple[list[Bucket], list[Spread]]:
             if bucket is None:
                 bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, slot(config), group)
             bucket.add(p, grad, optimizer.state.get(p, {}))
-    if not is_frozen(optimizer):
-        for bucket in buckets.values():
-            bucket.displace()
     return list(buckets.values()), list(spreads)
-
-
-def follow(buckets: list[Bucket], before: Sequence[Sequence[Tensor]], part: Tensor | None) -> None:
-    """Take the references this part of the way to where the parameters were before the step; None does nothing."""
-    if part is None:
-        return
-    for bucket, starts in zip(buckets, before, strict=True):
-        way = torch._foreach_sub(list(starts), bucket.references)
-        torch._foreach_mul_(way, part[bucket.tuner].to(bucket.references[0]))
-        torch._foreach_add_(bucket.references, way)
 
 
 def move(buckets: list[Bucket], before: list[list[Tensor]], scales: Sequence[Tensor]) -> None:
     """Rescale the step that the base has made; `scales` are what kernels take, one per tuner."""
     for bucket, starts in zip(buckets, before, strict=True):
-        converted = (scale[bucket.tuner].to(bucket.deltas[0]) for scale in scales)
-        bucket.kernel.move(bucket.params, starts, bucket.deltas, bucket.compensations or None, *converted)
+        converted = (scale[bucket.tuner].to(bucket.kept[0]) for scale in scales)
+        bucket.kernel.move(bucket.params, starts, bucket.kept, bucket.compensations or None, *converted)
 
 
 def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mechanic_pytorch import _base, _buckets
+from mechanic_pytorch import _base
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch.distributed import local
 from mechanic_pytorch.kernels.rule import Rule
@@ -38,7 +38,7 @@ def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket]) -> list[Rule] | No
             return None
         rule = make(base, bucket.group, [optimizer.state[p] for p in bucket.owners])
         can_step = getattr(bucket.kernel, "can_step", None)
-        if rule is None or not (can_step and can_step(bucket.params, bucket.grads, bucket.deltas, *rule.states)):
+        if rule is None or not (can_step and can_step(bucket.params, bucket.grads, bucket.kept, *rule.states)):
             return None
         if {t.dtype for tensors in (bucket.grads, *rule.states) for t in tensors} != {bucket.params[0].dtype}:
             return None
@@ -57,7 +57,6 @@ def step_and_move(
     rules: Sequence[Rule],
     scales: Sequence[Tensor],
     skip: Tensor,
-    part: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, for all buckets; where `skip` holds, change nothing.
 
@@ -67,9 +66,7 @@ def step_and_move(
         rules: what `rules_of` returned for them.
         scales: what kernels take after the compensations, one per tuner.
         skip: whether to change nothing, shape ().
-        part: with "auto", how far the references follow, one per tuner.
     """
-    _buckets.follow(list(buckets), [bucket.params for bucket in buckets], part)
     grad_scale = getattr(optimizer, "grad_scale", None)
     for bucket, rule in zip(buckets, rules, strict=True):
         device = bucket.params[0].device
@@ -81,9 +78,9 @@ def step_and_move(
             rule._replace(options={**rule.options, **scaler}),
             bucket.params,
             bucket.grads,
-            bucket.deltas,
+            bucket.kept,
             bucket.compensations or None,
-            *(scale[bucket.tuner].to(bucket.deltas[0]) for scale in scales),
+            *(scale[bucket.tuner].to(bucket.kept[0]) for scale in scales),
         )
 
 

@@ -144,10 +144,14 @@ def learn(
     return bounded(new, limit), memory, length, part
 
 
-def scales(old: TunerState, new: TunerState, length: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the two scales by which a kernel moves; of a plain step, which has a length, they are one."""
+def scales(
+    old: TunerState, new: TunerState, length: Tensor | None, part: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Return the numbers by which a kernel moves; a plain step, which has a length, takes x_ref a part of the way."""
     scale = new.scales.sum(-1)
-    return (old.scales.sum(-1), scale) if length is None else (length * scale, length * scale)
+    if length is None or part is None:
+        return old.scales.sum(-1), scale
+    return length * scale, length * scale, part
 
 
 def scale_limit(optimizer: Any, lr: float | Tensor) -> Tensor | None:
@@ -180,7 +184,7 @@ def begin(
     """
     parts: dict[Spread, Tensor] = {spread: torch.zeros_like(dots) for spread in [(), *spreads]}
     for bucket, starts in zip(buckets, before, strict=True):
-        wide = bucket.deltas[0].dtype
+        wide = bucket.kept[0].dtype
         u = [x.to(wide) - start.to(wide) for x, start in zip(bucket.params, starts, strict=True)]
         parts[bucket.spread][bucket.tuner].add_(bucket.kernel.measure(u, u, u).to(dots))
     u_norm = sum_over_processes(parts, spreads)[..., 0].sqrt()

@@ -25,7 +25,7 @@ def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
         return  # warm-up from zero
     moved = active = 0
     for bucket in buckets:
-        moved += sum(int(delta.count_nonzero()) for delta in bucket.deltas)
+        moved += bucket.count_moved()
         active += sum(int(g.count_nonzero()) for g in bucket.grads)
     if active == 0:
         return  # nothing to follow

@@ -223,8 +223,7 @@ class Mechanic(Optimizer):
         parts = {spread: old.scales.new_zeros(*old.scales.shape[:-1], 4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
             bucket.densify()
-            part = bucket.kernel.measure(bucket.params, bucket.grads, bucket.deltas, copies).to(old.scales)
-            parts[bucket.spread][bucket.tuner].add_(torch.cat([bucket.sign * part[:1], part[1:]]))
+            parts[bucket.spread][bucket.tuner].add_(bucket.measure(copies).to(old.scales))
         parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
         dots = sum_over_processes(parts, spreads)
 
@@ -239,10 +238,10 @@ class Mechanic(Optimizer):
         left_out = skip | (dots == 0).all(-1) if config.per_group else skip
         new = TunerState(*(torch.where(left_out.unsqueeze(-1), a, b) for a, b in zip(old, new, strict=True)))
 
-        # Base step and move: with "auto" a plain step, for which the two scales are one.
+        # Base step and move: with "auto" a plain step.
         part = None if part is None else torch.where(left_out, 0.0, part)
         if rules is not None:
-            _fused.step_and_move(self, buckets, rules, _start.scales(old, new, length), skip, part)
+            _fused.step_and_move(self, buckets, rules, _start.scales(old, new, length, part), skip)
         else:
             evaluates_again = closure is not None and _base.requires_closure(base_step.func)
             with _buckets.undone_on_error(self, buckets, before, whole_state=evaluates_again):
@@ -251,8 +250,7 @@ class Mechanic(Optimizer):
                     loss = base_step()
                 if seeks and memory is not None:
                     new, memory = _start.begin(self, buckets, before, spreads, new, memory, dots, lr)
-                _buckets.move(buckets, before, _start.scales(old, new, length))
-            _buckets.follow(buckets, before, part)
+                _buckets.move(buckets, before, _start.scales(old, new, length, part))
         if asks and not self._base_has_moved and not skip.item():
             _warnings.check_that_base_moved(self, buckets)
         _buckets.store(self, buckets)

@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mechanic_pytorch import _base, _state
+from mechanic_pytorch import _base, _state, kernels
 from mechanic_pytorch.mechanic import Mechanic, is_mechanized
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class ReadOut:
         sum_squared_products: v of the paper, likewise.
         reward: r of the paper, likewise.
         scales: s of the paper, likewise.
+        kernels: what does the work, per device; "foreach, because ..." where a faster one has failed its check.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class ReadOut:
     sum_squared_products: list[list[float]]
     reward: list[list[float]]
     scales: list[list[float]]
+    kernels: dict[str, str]
 
     def scalars(self, prefix: str = "mechanic/") -> dict[str, float]:
         """Return the numbers worth a curve, by name, as every logger takes them.
@@ -195,6 +197,7 @@ class Snapshot(NamedTuple):
 
     kind: type[Mechanic]
     groups: list[dict[str, Any]]
+    kernels: dict[str, str]
     packed: Tensor  # the bytes of all tensors that the groups hold, in order, on the tuner's device
 
 
@@ -216,7 +219,9 @@ def snapshot(optimizer: object) -> Snapshot:
                 parts.append(value.detach().to(device).reshape(-1).view(torch.uint8))
                 value = _Place(value.dtype, value.shape)
             groups[-1][key] = value
-    return Snapshot(type(inner), groups, torch.cat(parts))
+    devices = {p.device: None for group in inner.param_groups for p in group["params"]}
+    in_use = {str(device): kernels.in_use(device) for device in devices}
+    return Snapshot(type(inner), groups, in_use, torch.cat(parts))
 
 
 def read(snapshots: Sequence[Snapshot]) -> list[ReadOut]:
@@ -248,6 +253,7 @@ def _read_one(taken: Snapshot, packed: Tensor) -> ReadOut:
         effective_lr=host.effective_lr(),
         learned_lr=host.learned_lr(),
         **{name: rows.reshape(-1, rows.shape[-1]).tolist() for name, rows in vectors._asdict().items()},
+        kernels=taken.kernels,
     )
 
 

@@ -1,28 +1,37 @@
 """The two functions that touch big tensors, in interchangeable versions.
 
 A kernel is a module with two functions over parallel lists of plain, dense, real tensors. All tensors of one call
-share a device, and their parameters a dtype; `deltas` are float32 (float64 for float64 parameters). Kernels know
+share a device, and their parameters a dtype; `kept` are float32 (float64 for float64 parameters). Kernels know
 nothing of parameter groups, optimizer state, sharding or the tuner.
 
-`measure(params, grads, deltas, copies)` returns the four sums of which the tuner is made, as one tensor of shape (4,)
-in the dtype of the deltas: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the
-tensors, so they may be added over buckets, devices and shards. `copies` is None, or tensors like `params` that it
-fills with their values on the way: what `move` wants as `before`.
+What is kept of each parameter is one of two things: `delta`, the sum of the base's updates (Algorithm 1), or `x_ref`,
+from which the way to the parameter is measured (plain steps, `s_init="auto"`).
 
-`move(params, before, deltas, compensations, old_scale, new_scale, keep)` is called after the base optimizer has turned
+`measure(params, grads, kept, copies)` returns the four sums of which the tuner is made, as one tensor of shape (4,) in
+the dtype of `kept`: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors,
+so they may be added over buckets, devices and shards. `copies` is None, or tensors like `params` that it fills with
+their values on the way: what `move` wants as `before`. With `plain=True` it takes `kept` for x_ref, and for delta the
+way `x + compensation - x_ref`.
+
+`move(params, before, kept, compensations, old_scale, new_scale)` is called after the base optimizer has turned
 `before` into `params`. It changes these in place, and nothing else:
 
     update = params - before
-    params = before + (keep * new_scale - old_scale) * delta + new_scale * update
-    delta  = keep * delta + update
+    params = before + (new_scale - old_scale) * delta + new_scale * update
+    delta  = delta + update
 
-which is `before + new_scale * delta_new - old_scale * delta_old` with less cancellation. The three numbers are tensors
-of shape (); `keep` may be None, which is 1 and costs nothing. `compensations` is None, or,
-for parameters of less than 32 bits, one tensor per parameter that holds what rounding took from it (Kahan): it is
-added back before the move and renewed after it. A compensation that could not come from rounding its parameter
-belongs to a value that somebody has since overwritten, and counts as zero.
+which is `before + new_scale * delta_new - old_scale * delta_old` with less cancellation. With a seventh number, `part`,
+it takes `kept` for x_ref, and the step is plain:
 
-A kernel may also have `step_and_move(rule, params, grads, deltas, compensations, old_scale, new_scale, keep)`, which
+    params = before + new_scale * update
+    x_ref  = x_ref + part * (before - x_ref)
+
+The numbers are tensors of shape (). `compensations` is None, or, for parameters of less than 32 bits, one tensor per
+parameter that holds what rounding took from it (Kahan): it is added back before the move and renewed after it. A
+compensation that could not come from rounding its parameter belongs to a value that somebody has since overwritten, and
+counts as zero.
+
+A kernel may also have `step_and_move(rule, params, grads, kept, compensations, old_scale, new_scale, part)`, which
 makes the step of a base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`,
 which tells whether it can for these tensors. The result is that of the base's step and then `move`, but for rounding.
 
@@ -39,8 +48,9 @@ import torch
 from torch import Tensor
 
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
+from mechanic_pytorch.kernels.checked import Checked
 
-__all__ = ["KERNELS", "Kernel", "missing_for_triton", "select"]
+__all__ = ["KERNELS", "Kernel", "in_use", "missing_for_triton", "select"]
 
 
 class Kernel(Protocol):
@@ -50,8 +60,10 @@ class Kernel(Protocol):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        deltas: Sequence[Tensor],
+        kept: Sequence[Tensor],
         copies: Sequence[Tensor] | None = None,
+        compensations: Sequence[Tensor] | None = None,
+        plain: bool = False,
     ) -> Tensor:
         """Return the four sums, and fill the copies."""
         ...
@@ -60,11 +72,11 @@ class Kernel(Protocol):
         self,
         params: Sequence[Tensor],
         before: Sequence[Tensor],
-        deltas: Sequence[Tensor],
+        kept: Sequence[Tensor],
         compensations: Sequence[Tensor] | None,
         old_scale: Tensor,
         new_scale: Tensor,
-        keep: Tensor | None = None,
+        part: Tensor | None = None,
     ) -> None:
         """Rescale the base's step, in place."""
         ...
@@ -99,8 +111,17 @@ def select(device: torch.device) -> Kernel:
             "Remedy: unset it to let the package choose."
         )
     if name not in KERNELS:
-        KERNELS[name] = importlib.import_module(f"{__name__}.{name}")
+        KERNELS[name] = Checked(name, lambda: importlib.import_module(f"{__name__}.triton"), foreach)
     return KERNELS[name]
+
+
+def in_use(device: torch.device) -> str:
+    """Return the name of the kernel that does the work on a device, and why, if another one should."""
+    kernel = select(device)
+    if isinstance(kernel, Checked):
+        failure = kernel.failures.get(device)
+        return kernel.name if failure is None else f"foreach, because {kernel.name} failed: {failure}"
+    return next(name for name, each in KERNELS.items() if each is kernel)
 
 
 @functools.cache

@@ -26,79 +26,84 @@ PACK = 2**17  # until there are so many numbers: the memory of larger copies goe
 def measure(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     copies: Sequence[Tensor] | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
-    dtype = deltas[0].dtype
+    dtype = kept[0].dtype
     converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _aligned
     sums = []
-    for _, xs, gs, ds, *copied in _blocks(params, grads, deltas, *([] if copies is None else [copies]), small=SMALL):
-        x, g, delta = _line(xs), _line(gs), _line(ds)
-        if copied:
-            _copy(copied[0], xs)
+    more = [[] if lists is None else [lists] for lists in (copies, compensations if plain else None)]
+    for _, xs, gs, ks, *others in _blocks(params, grads, kept, *more[0], *more[1], small=SMALL):
+        x, g, delta = _line(xs), _line(gs), _line(ks)
+        if copies is not None:
+            _copy(others[0], xs)
         if converts:
             x, g = x.to(dtype), g.to(dtype)
+        if plain:
+            delta = x - delta
+            if compensations is not None:
+                delta += _line(others[-1])
         sums += [delta.dot(g), delta.dot(x), g.dot(g), x.dot(x)]
-    return torch.stack(sums).view(-1, 4).sum(0) if sums else deltas[0].new_zeros(4)
+    return torch.stack(sums).view(-1, 4).sum(0) if sums else kept[0].new_zeros(4)
 
 
 def move(
     params: Sequence[Tensor],
     before: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
-    keep: Tensor | None = None,
+    part: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    change = for_loop.change_of_factor(old_scale, new_scale, keep)
-    lists = [params, before, deltas, *([] if compensations is None else [compensations])]
+    scales = old_scale, new_scale, part
+    lists = [params, before, kept, *([] if compensations is None else [compensations])]
     for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
-            _move_slice(xs - starts, starts, ours[0], change, new_scale, keep, out=xs)
+            _move_slice(xs - starts, starts, ours[0], *scales, out=xs)
         else:
-            _move_pack(_line(xs), _line(starts), xs, *ours, scales=(old_scale, new_scale, keep))
+            _move_pack(_line(xs), _line(starts), xs, *ours, scales=scales)
 
 
 def step_and_move(
     rule: Rule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
-    keep: Tensor | None = None,
+    part: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, in place."""
-    lists = [params, grads, deltas, *([] if compensations is None else [compensations])]
+    lists = [params, grads, kept, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
     shrink, rest = rule.without_decay()
-    change = for_loop.change_of_factor(old_scale, new_scale, keep)
     for indices, *parts in _blocks(*lists, *rule.states, small=SMALL_STEP if compensations is None else SMALL):
         (xs, gs, *ours), states = parts[:n], [_tensors(part) for part in parts[n:]]
         if compensations is not None:
             start = _line(xs)
             after = start.clone()
             rule.apply(_unpacked(after, _tensors(xs)), _tensors(gs), states, indices)
-            _move_pack(after, start, xs, *ours, scales=(old_scale, new_scale, keep))
+            _move_pack(after, start, xs, *ours, scales=(old_scale, new_scale, part))
             continue
         factor = 1.0 if shrink is None else -shrink
         line = torch.mul(xs, factor, out=scratch[: len(xs)]) if isinstance(xs, Tensor) else _packed(xs).mul_(factor)
-        xs, gs, ds = _tensors(xs), _tensors(gs), _tensors(ours[0])
+        xs, gs, ks = _tensors(xs), _tensors(gs), _tensors(ours[0])
         updates = _unpacked(line, xs)
         rest.apply(updates, gs, states, indices)
         if shrink is None:
             torch._foreach_sub_(updates, xs)
-        if keep is None:
-            _sgd(xs, updates, ds, lr=-change)
+        if part is None:
+            _sgd(xs, updates, ks, lr=old_scale - new_scale)
             _sgd(xs, updates, (), lr=-old_scale)
         else:
-            _sgd(xs, ds, (), lr=-change)
+            _renew(ks, updates, xs, part)
             _sgd(xs, updates, (), lr=-new_scale)
-            _add(ds, updates, keep)
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
@@ -115,44 +120,58 @@ def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tens
 
 
 def _move_slice(
-    update: Tensor, start: Tensor, delta: Tensor, change: Tensor, new_scale: Tensor, keep: Tensor | None, out: Tensor
+    update: Tensor,
+    start: Tensor,
+    kept: Tensor,
+    old_scale: Tensor,
+    new_scale: Tensor,
+    part: Tensor | None,
+    out: Tensor,
 ) -> None:
-    torch.addcmul(start, delta, change, out=out)
-    out.addcmul_(update, new_scale)
-    _add((delta,), (update,), keep)
-
-
-def _add(deltas: tuple[Tensor, ...], updates: tuple[Tensor, ...], keep: Tensor | None) -> None:
-    """Make delta = keep * delta + update, of a single one in one pass."""
-    if keep is not None and len(deltas) == 1:
-        torch.addcmul(updates[0], deltas[0], keep, out=deltas[0])
+    if part is None:
+        torch.addcmul(start, kept, new_scale - old_scale, out=out)
+        out.addcmul_(update, new_scale)
     else:
-        foreach.add(deltas, updates, keep)
+        torch.addcmul(start, update, new_scale, out=out)
+    _renew((kept,), (update,), (start,), part)
+
+
+def _renew(
+    kept: tuple[Tensor, ...], updates: tuple[Tensor, ...], starts: tuple[Tensor, ...], part: Tensor | None
+) -> None:
+    """Do what `foreach.renew` does; of a single one in one pass."""
+    if part is not None and len(kept) == 1:
+        kept[0].lerp_(starts[0], part)
+    else:
+        foreach.renew(kept, updates, starts, part)
 
 
 def _move_pack(
     after: Tensor,
     start: Tensor,
     xs: Part,
-    deltas: Part,
+    kept: Part,
     compensations: Part | None = None,
     *,
     scales: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
-    delta = _line(deltas)
+    line_kept = _line(kept)
     if compensations is not None:
         compensation = _line(compensations)
-        for_loop.move([after], [start], [delta], [compensation], *scales)
-        for line, part in [(after, xs), (delta, deltas), (compensation, compensations)]:
-            if line is not part:
-                _copy(part, line if isinstance(part, Tensor) else _unpacked(line, part))
+        for_loop.move([after], [start], [line_kept], [compensation], *scales)
+        for line, to in [(after, xs), (line_kept, kept), (compensation, compensations)]:
+            if line is not to:
+                _copy(to, line if isinstance(to, Tensor) else _unpacked(line, to))
         return
-    xs, deltas = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", deltas)
+    xs, kept = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", kept)
     update = after.sub_(start)
     pieces = _unpacked(update, xs)  # they share its memory
-    _, new_scale, keep = scales
-    _add(deltas, pieces, keep)
-    update.mul_(new_scale).addcmul_(delta, for_loop.change_of_factor(*scales)).add_(start)
+    old_scale, new_scale, part = scales
+    _renew(kept, pieces, _unpacked(start, xs), part)
+    update.mul_(new_scale)
+    if part is None:
+        update.addcmul_(line_kept, new_scale - old_scale)
+    update.add_(start)
     torch._foreach_copy_(xs, pieces)
 
 

@@ -9,13 +9,17 @@ from torch import Tensor
 def measure(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     copies: Sequence[Tensor] | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
-    sums = deltas[0].new_zeros(4)
-    for x, g, delta in zip(params, grads, deltas, strict=True):
+    sums = kept[0].new_zeros(4)
+    for i, (x, g, delta) in enumerate(zip(params, grads, kept, strict=True)):
         x, g = x.to(delta.dtype), g.to(delta.dtype)
+        if plain:
+            delta = x - delta if compensations is None else x - delta + compensations[i].to(delta.dtype)
         sums += torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
     if copies is not None:
         torch._foreach_copy_(list(copies), list(params))
@@ -25,25 +29,26 @@ def measure(
 def move(
     params: Sequence[Tensor],
     before: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
-    keep: Tensor | None = None,
+    part: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    change = change_of_factor(old_scale, new_scale, keep)
-    for i, (x, x_before, delta) in enumerate(zip(params, before, deltas, strict=True)):
-        start = x_before.to(delta.dtype)
-        update = x.to(delta.dtype) - start
-        step = change * delta + new_scale * update
-        if keep is not None:
-            delta *= keep
-        delta += update
+    for i, (x, x_before, ours) in enumerate(zip(params, before, kept, strict=True)):
+        start = x_before.to(ours.dtype)
+        update = x.to(ours.dtype) - start
+        if part is None:
+            step = (new_scale - old_scale) * ours + new_scale * update
+            ours += update
+        else:
+            step = new_scale * update
+            ours += part * (start - ours)
         if compensations is None:
             x.copy_(start + step)
         else:
-            lost = compensations[i].to(delta.dtype)
+            lost = compensations[i].to(ours.dtype)
             # It can be half a spacing of x, which rounds either way, but never more; three quarters of it round back.
             lost = lost.masked_fill((start + 0.75 * lost).to(x.dtype) != x_before, 0.0)
             target = start + lost + step
@@ -53,8 +58,3 @@ def move(
             still = step == 0
             x.copy_(torch.where(still, x_before, x))
             compensations[i].copy_(torch.where(still, lost, rest))
-
-
-def change_of_factor(old_scale: Tensor, new_scale: Tensor, keep: Tensor | None) -> Tensor:
-    """Return by how much the factor of the old delta in the parameters changes: keep * new_scale - old_scale."""
-    return (new_scale if keep is None else keep * new_scale) - old_scale

@@ -9,7 +9,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mechanic_pytorch.kernels.for_loop import change_of_factor
 from mechanic_pytorch.kernels.rule import Rule
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
@@ -20,11 +19,14 @@ CHUNK = 2**24  # numbers: enough to fill a GPU, and some arrays of them are litt
 def measure(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     copies: Sequence[Tensor] | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
-    sums = [_measure(*lists) for lists in _chunks(params, grads, deltas)]
+    more = [] if compensations is None or not plain else [compensations]
+    sums = [_measure(*lists, plain=plain) for lists in _chunks(params, grads, kept, *more)]
     if copies is not None:
         torch._foreach_copy_(list(copies), list(params))
     return torch.stack(sums).sum(0)
@@ -33,26 +35,26 @@ def measure(
 def move(
     params: Sequence[Tensor],
     before: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
-    keep: Tensor | None = None,
+    part: Tensor | None = None,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    for lists in _chunks(params, before, deltas, *([] if compensations is None else [compensations])):
-        _move(*lists, old_scale=old_scale, new_scale=new_scale, keep=keep)
+    for lists in _chunks(params, before, kept, *([] if compensations is None else [compensations])):
+        _move(*lists, old_scale=old_scale, new_scale=new_scale, part=part)
 
 
 def step_and_move(
     rule: Rule,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
     compensations: Sequence[Tensor] | None,
     old_scale: Tensor,
     new_scale: Tensor,
-    keep: Tensor | None = None,
+    part: Tensor | None = None,
 ) -> None:
     """Make the base's step and rescale it, in place."""
     before = [x.clone() for x in params]
@@ -60,7 +62,7 @@ def step_and_move(
     if not isinstance(lr, Tensor):  # a number would be compiled in, again for every new one
         rule = rule._replace(options={**rule.options, "lr": torch.full((), lr, dtype=torch.float32)})
     rule.apply(params, grads, rule.states, range(len(params)))
-    move(params, before, deltas, compensations, old_scale, new_scale, keep)
+    move(params, before, kept, compensations, old_scale, new_scale, part)
 
 
 def can_step(*lists: Sequence[Tensor]) -> bool:
@@ -88,8 +90,19 @@ def _chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
         yield [list(column) for column in zip(*chunk, strict=True)]
 
 
-def _measure(params: list[Tensor], grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
-    dtype = deltas[0].dtype
+def _measure(
+    params: list[Tensor],
+    grads: list[Tensor],
+    kept: list[Tensor],
+    compensations: list[Tensor] | None = None,
+    *,
+    plain: bool,
+) -> Tensor:
+    dtype, deltas = kept[0].dtype, kept
+    if plain:
+        deltas = list(torch._foreach_sub([x.to(dtype) for x in params], kept))
+        if compensations is not None:
+            torch._foreach_add_(deltas, [compensation.to(dtype) for compensation in compensations])
     products = [
         # Type promotion does the product in the dtype of delta; one tensor at a time bounds the scratch memory.
         torch.stack([(delta * other).sum() for delta, other in zip(deltas, others, strict=True)]).sum()
@@ -99,32 +112,33 @@ def _measure(params: list[Tensor], grads: list[Tensor], deltas: list[Tensor]) ->
     return torch.stack([*products, *squares])
 
 
-def add(deltas: Tensors, updates: Tensors, keep: Tensor | None) -> None:
-    """Make delta = keep * delta + update."""
-    if keep is not None:
-        torch._foreach_mul_(deltas, keep)
-    torch._foreach_add_(deltas, updates)
+def renew(kept: Tensors, updates: Tensors, starts: Tensors, part: Tensor | None) -> None:
+    """Make delta = delta + update; or, of a plain step, x_ref = x_ref + part * (start - x_ref)."""
+    if part is not None:
+        updates = torch._foreach_sub(starts, kept)
+        torch._foreach_mul_(updates, part)
+    torch._foreach_add_(kept, updates)
 
 
 def _move(
     params: list[Tensor],
     before: list[Tensor],
-    deltas: list[Tensor],
+    kept: list[Tensor],
     compensations: list[Tensor] | None = None,
     *,
     old_scale: Tensor,
     new_scale: Tensor,
-    keep: Tensor | None = None,
+    part: Tensor | None,
 ) -> None:
-    dtype = deltas[0].dtype
+    dtype = kept[0].dtype
     start = [x_before.to(dtype) for x_before in before]
-    # Everything that allocates comes first: running out of memory then leaves the deltas as they were.
+    # Everything large comes first: running out of memory then leaves what is kept as it was.
     update = torch._foreach_sub([x.to(dtype) for x in params], start)
-    step = torch._foreach_mul(deltas, change_of_factor(old_scale, new_scale, keep))
+    step = torch._foreach_mul(update, new_scale)
+    if part is None:
+        torch._foreach_add_(step, torch._foreach_mul(kept, new_scale - old_scale))
     if compensations is None:
-        add(deltas, update, keep)
-        torch._foreach_mul_(update, new_scale)
-        torch._foreach_add_(step, update)
+        renew(kept, update, start, part)
         torch._foreach_copy_(params, before)
         torch._foreach_add_(params, step)
     else:
@@ -133,16 +147,14 @@ def _move(
         overwritten = [u.to(x.dtype) != x for u, x in zip(unrounded, before, strict=True)]
         for tensor, mask in zip(lost, overwritten, strict=True):
             tensor.masked_fill_(mask, 0.0)
+        renew(kept, update, start, part)
         torch._foreach_add_(start, lost)
-        add(deltas, update, keep)
-        torch._foreach_mul_(update, new_scale)
-        torch._foreach_add_(step, update)
         torch._foreach_add_(start, step)
         still = [s == 0 for s in step]  # see for_loop
         torch._foreach_copy_(params, start)
         torch._foreach_sub_(start, [x.to(dtype) for x in params])
         for x, x_before, stays in zip(params, before, still, strict=True):
             x.copy_(torch.where(stays, x_before, x))
-        for rest, kept, stays in zip(start, lost, still, strict=True):
-            rest.copy_(torch.where(stays, kept, rest))
+        for rest, before_it, stays in zip(start, lost, still, strict=True):
+            rest.copy_(torch.where(stays, before_it, rest))
         torch._foreach_copy_(list(compensations), start)

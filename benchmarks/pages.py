@@ -1,0 +1,45 @@
+"""Tables and figures in the documentation: written by programs between marks, so that none is copied by hand.
+
+A mark is a line `<!-- PROGRAM: NAME -->`; what stands between it and the next `<!-- end -->` is replaced.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+
+def between_marks(text: str, program: str, make: Callable[[str], str | None]) -> str:
+    """Return a Markdown text in which `make(NAME)` stands between each mark of a program and its end.
+
+    What is there stays where that is None. The marks are `<!-- PROGRAM: NAME -->` and `<!-- end -->`.
+    """
+
+    def made(mark: re.Match[str]) -> str:
+        new = make(mark["name"])
+        return mark[0] if new is None else f"{mark[1]}{new}\n"
+
+    return re.sub(rf"(<!-- {program}: (?P<name>[a-z ]+) -->\n).*?(?=<!-- end -->)", made, text, flags=re.DOTALL)
+
+
+def print_or_fill(page: Path | None, program: str, made: Mapping[str, str]) -> None:
+    """Print what a program has made, or write it between the program's marks of a page."""
+    if page is None:
+        print("\n\n".join(made.values()))
+    else:
+        page.write_text(between_marks(page.read_text(encoding="utf-8"), program, made.get), encoding="utf-8")
+
+
+def setting() -> str:
+    """Return with what a program runs: versions, machine, threads."""
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread."
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---|' * (len(head) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])

@@ -1,0 +1,190 @@
+"""A kernel that is trusted only after a look: each of its variants is compared with another kernel once.
+
+The first call of a variant, that is, of a function with some dtypes, options and device, is first made by both kernels
+on copies of the beginnings of all tensors. If the results differ, or the kernel cannot be compiled or launched (where
+there is no C compiler, say), a warning says so, and from then on the other kernel does all work on that device. The
+comparison reads from the device; no later call does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechanic_pytorch.kernels.rule import Rule
+
+BEGINNING = 2**12  # numbers of each tensor that are compared
+# Of the largest number of a list: its sums are added in another order, or a few numbers rounded differently.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+class Checked:
+    """The kernel that `load` returns, where it agrees with the kernel `safe`; else that.
+
+    Attributes:
+        name: of the first.
+        failures: what was wrong with it, for each device on which it is not used.
+    """
+
+    def __init__(self, name: str, load: Callable[[], Any], safe: Any) -> None:
+        self.name, self.failures = name, dict[torch.device, str]()
+        self._load, self._safe = functools.cache(load), safe
+        self._agreed: set[tuple[Any, ...]] = set()
+
+    def measure(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        copies: Sequence[Tensor] | None = None,
+        compensations: Sequence[Tensor] | None = None,
+        plain: bool = False,
+    ) -> Tensor:
+        """Return the four sums, and fill the copies."""
+        lists = [params, grads, kept, copies, compensations]
+
+        def call(kernel: Any, params: Any, grads: Any, kept: Any, copies: Any, compensations: Any) -> Any:
+            sums = kernel.measure(params, grads, kept, copies, compensations, plain)
+            g, x = sums[2:].sqrt()
+            delta = torch.stack(torch._foreach_norm(kept)).norm() + x  # its length, or a bound of it
+            cosines = sums[:2] / torch.stack([delta * g, delta * x])  # which may be 0 but for rounding
+            return [*(copies or []), g, x, torch.cat([cosines, torch.ones_like(cosines)])]
+
+        kernel = self._chosen(("measure", plain), lists, call)
+        return kernel.measure(params, grads, kept, copies, compensations, plain)  # type: ignore[no-any-return]
+
+    def move(
+        self,
+        params: Sequence[Tensor],
+        before: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        compensations: Sequence[Tensor] | None,
+        old_scale: Tensor,
+        new_scale: Tensor,
+        part: Tensor | None = None,
+    ) -> None:
+        """Rescale the base optimizer's step from `before` to `params`, in place."""
+        numbers = _numbers(old_scale, new_scale, part)
+
+        def call(kernel: Any, params: Any, before: Any, kept: Any, compensations: Any) -> list[Tensor]:
+            kernel.move(params, before, kept, compensations, *numbers)
+            return _results(params, kept, compensations)
+
+        kernel = self._chosen(("move", part is None), [params, before, kept, compensations], call)
+        kernel.move(params, before, kept, compensations, old_scale, new_scale, part)
+
+    def step_and_move(
+        self,
+        rule: Rule,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        compensations: Sequence[Tensor] | None,
+        old_scale: Tensor,
+        new_scale: Tensor,
+        part: Tensor | None = None,
+    ) -> None:
+        """Make the base's step and rescale it, in place."""
+        options, numbers = rule.options, _numbers(old_scale, new_scale, part)
+        steps_at_all = {"found_inf": torch.zeros_like(options["found_inf"])} if "found_inf" in options else {}
+
+        def call(kernel: Any, params: Any, grads: Any, kept: Any, compensations: Any, *states: Any) -> list[Tensor]:
+            here = rule._replace(states=states, options={**options, **steps_at_all})
+            kernel.step_and_move(here, params, grads, kept, compensations, *numbers)
+            return [*_results(params, kept, compensations), *(t for state in states for t in state)]
+
+        flags = options.get("nesterov"), options["maximize"], options.get("grad_scale") is None
+        lists = [params, grads, kept, compensations, *rule.states]
+        kernel = self._chosen(("step_and_move", rule.function, flags, part is None), lists, call)
+        kernel.step_and_move(rule, params, grads, kept, compensations, old_scale, new_scale, part)
+
+    def can_step(self, params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+        """Tell whether `step_and_move` can be called."""
+        if not params or params[0].device in self.failures:
+            return False
+        try:
+            kernel = self._load()
+        except Exception as error:
+            self._fail(params[0].device, "import", error)
+            return False
+        return bool(kernel.can_step(params, *others))
+
+    def _chosen(
+        self, variant: tuple[Any, ...], lists: Sequence[Sequence[Tensor] | None], call: Callable[..., Any]
+    ) -> Any:
+        """Return the kernel to call, after a comparison if this variant is new."""
+        first = lists[0]
+        if not first or first[0].device in self.failures:
+            return self._safe
+        device = first[0].device
+        dtypes = tuple(None if tensors is None else frozenset(t.dtype for t in tensors) for tensors in lists)
+        key = (device, dtypes, *variant)
+        if key in self._agreed:
+            return self._load()
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._safe  # a graph can hold no comparison; who captures one steps a few times before
+        try:
+            results = [call(kernel, *map(_beginnings, lists)) for kernel in (self._load(), self._safe)]
+            difference = max(_difference(a, b) for a, b in zip(*results, strict=True))
+            if difference > 1:
+                raise ArithmeticError(f"it differs by {difference:.3g} times the tolerance")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._fail(device, str(variant[0]), error)
+            return self._safe
+        self._agreed.add(key)
+        return self._load()
+
+    def _fail(self, device: torch.device, what: str, error: Exception) -> None:
+        self.failures[device] = f"{what}: {type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(
+            f"mechanic_pytorch: the kernel {self.name!r} cannot be trusted on {device}, and the run goes on with "
+            f"'foreach', which is slower. Got {self.failures[device]}. Remedy: where a C compiler is missing, which "
+            "Triton needs, install one; set MECHANIC_KERNEL=foreach to be rid of this warning; report what else it is.",
+            stacklevel=2,
+        )
+
+
+def _beginnings(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+    """Return copies of the first numbers of each tensor, finite, hardly any 0, at addresses as odd as theirs."""
+    if tensors is None:
+        return None
+    copies = []
+    for t in tensors:
+        side = math.ceil(BEGINNING ** (1 / max(t.ndim, 1)))
+        line = t.detach()[(slice(side),) * t.ndim].flatten()
+        offset = t.data_ptr() % 16 // t.element_size()
+        copy = torch.empty(offset + line.numel(), dtype=t.dtype, device=t.device)[offset:]
+        wide = line.double().nan_to_num(0.0).clamp(-1e4, 1e4)  # squares must be finite
+        # Zeros would hide much: what is kept is 0 at first, and so is the base's state.
+        noise = torch.arange(len(wide), device=t.device) * 0.618033988 % 1 * (wide.abs().mean() + 1e-3 * (wide == 0))
+        copies.append(copy.copy_(wide + noise))
+    return copies
+
+
+def _numbers(*given: Tensor | None) -> list[Tensor | None]:
+    """Return other scales in the place of those given, which may be too small at first to show a difference."""
+    return [None if n is None else torch.full_like(n, v) for n, v in zip(given, (0.3, 0.5, 0.25), strict=True)]
+
+
+def _results(params: Sequence[Tensor], kept: Sequence[Tensor], compensations: Sequence[Tensor] | None) -> list[Tensor]:
+    """Return what was moved, in the dtype and with the size of parameters: of these, rounding moves what is kept."""
+    exact = params if compensations is None else torch._foreach_add(list(compensations), list(params))
+    pairs = zip(params, exact, kept, strict=True)
+    return [torch.cat([x_exact.flatten(), ours.flatten()]).to(x.dtype) for x, x_exact, ours in pairs]
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a multiple of the tolerance; infinite where one is not finite."""
+    a, b = actual.double(), expected.double()
+    if a.numel() == 0:
+        return 0.0
+    size = torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30)
+    return float(((a - b).abs().max() / (TOLERANCE[actual.dtype] * size)).nan_to_num(torch.inf, torch.inf))
