@@ -58,7 +58,7 @@ class AutoOracle:
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
         self.reference = flat(self.x)
         self.pace, self.highest, self.longest = None, 0.0, 0.0
-        self.renewed = []  # the steps at which the scale was learned anew
+        self.renewed, self.capped = [], 0  # how the scale was learned anew, how often the ceiling held it
 
     def step(self, g, lr):
         self.highest = max(self.highest, lr)
@@ -72,7 +72,8 @@ class AutoOracle:
         self.x = [xi + self.s.sum() * length * ui for xi, ui in zip(self.x, u, strict=True)]
 
     def begin(self, x, g, pace):
-        self.pace, self.usual = pace, norm(g)
+        self.pace, self.usual, self.held = pace, norm(g), norm(g)
+        self.loudest, self.ceiling = 0.0, np.inf
         self.longest = norm(x) or 1.0
         self.least = 1e-3 * self.longest / pace  # an effective lr
         self.s[:] = self.least / self.highest / len(self.s)
@@ -80,32 +81,42 @@ class AutoOracle:
 
     def learn(self, x, g, lr):
         self.longest = max(self.longest, norm(x))
-        length = min(1.0, 3 * self.usual / norm(g))
+        self.held = max(norm(g), 0.9 * self.held)
+        length = min(1.0, 3 * self.usual / self.held)
+        falls = lr < (1 - 1e-6) * self.highest
         self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
         way, scale = x - self.reference, self.s.sum()
         decay = self.s_decay * self.pace * self.highest / self.longest
         h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
         gain = -self.s * h
-        r = np.maximum(0, self.beta * self.r + np.where(gain < 0, gain / 2, gain))
+        r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & falls, gain / 2, gain))
         s = (self.least / self.highest / len(self.s) * m + r) / np.sqrt(v) if v.all() else self.s
         w = lr / self.highest if self.is_found else float(lr > 0)
         self.m, self.v, self.r, self.s = (
             (1 - w) * old + w * new for old, new in zip((self.m, self.v, self.r, self.s), (m, v, r, s), strict=True)
         )
+        if lr * self.s.sum() > self.ceiling:
+            self.capped += 1
+            self.ceiling *= 1 + w / max(1.0, self.time)
+            factor = min(1.0, self.ceiling / (lr * self.s.sum()))
+            self.r, self.s = factor * self.r, factor * self.s
         now = self.s.sum()
+        self.loudest = max(self.loudest, lr * now)
         self.is_found |= now < 0.75 * self.peak
         if now < 0.1 * self.peak:
             self.renewed.append(now / self.peak)
-            self.peak = 0.1 * self.peak
+            self.peak = 0.3 * self.peak
+            self.ceiling, self.loudest = min(self.ceiling, self.loudest / 2), 0.0
             self.m, self.v, self.r = np.zeros((3, len(self.s)))
             self.s = np.full(len(self.s), self.peak / len(self.s))
-            self.least, self.reference, self.time = self.peak * self.highest, x, w
+            self.least, self.time, self.is_found = self.peak * self.highest, 1 + w, True
             return length
         self.peak = max(self.peak, now)
         if self.is_found:
-            self.time += w
-            self.reference = self.reference + w * 0.3 / (self.time + 8.3) * way
+            self.time = max(1.0, self.time) + w
+            k = 0.3 if falls else 1.0
+            self.reference = self.reference + w * k / (self.time + k + 7) * way
         return length
 
 

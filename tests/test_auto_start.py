@@ -69,19 +69,23 @@ def test_equals_the_tuner_run_in_other_units(name, schedule, begins):
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_scale_that_was_wrong_is_learned_anew(name):
-    """The gradient turns round at step 60, and back: what was bet on is over. One gradient is too long."""
+    """The gradient turns round at step 60, and back: what was bet on is over. One gradient is too long.
+
+    From step 120 on it is always the same, for which the scale would grow without end, but for the ceiling.
+    """
     start, gradients = objective(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = auto(name, params)
     rule = oracle.sgd(1.0) if name == "SGD" else oracle.adamw(1.0, weight_decay=0.1)
     theirs = oracle.AutoOracle(start, rule)
-    for t in range(120):
+    for t in range(500):
         factor = -1.0 if 60 <= t < 80 else 20.0 if t == 90 else 1.0
         for p, g in zip(params, gradients([p.detach().numpy() for p in params], t % 60), strict=True):
-            p.grad = torch.tensor(factor * g)
+            p.grad = torch.tensor(factor * g if t < 120 else np.ones_like(g))
         ours.step()
-        theirs.step([factor * g for g in gradients(theirs.x, t % 60)], 1.0)
+        theirs.step([factor * g if t < 120 else np.ones_like(g) for g in gradients(theirs.x, t % 60)], 1.0)
     assert theirs.renewed
+    assert theirs.capped
     for p, x in zip(params, theirs.x, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-7, atol=1e-7 * np.abs(x).max())
 
@@ -299,7 +303,7 @@ def test_once_begun_it_costs_nothing():
             optimizer.step()
     assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
     small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
-    assert small["measure"] < 100  # operations on a few numbers
+    assert small["measure"] < 130  # operations on a few numbers
     assert counts["auto"].count["dot"] == counts[1e-8].count["dot"]
 
 

@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import safety
 
 from mechanic_pytorch import mechanize
-from problems import loss_of, mlp, train
+from problems import IMAGES, LABELS, loss_of, mlp, train
 
 # "auto" against the plain base at the best lr for the very row, one seed: 1.1 and 2.3 where they were chosen. They were
 # 1.85 and 11.7 before the steps were plain ones.
 MEAN_FINAL, WORST_SPIKE = 1.3, 2.5
-DISTURBED_FACTOR, DISTURBED_MORE = 3.0, 0.05  # final loss: that much of the plain one's, and that much above
+DISTURBED_FACTOR, DISTURBED_MORE = 2.0, 0.05  # final loss: that much of the plain one's, and that much above
 
 # A poor scale is to show in losses here, not in a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Mechanized:UserWarning")
@@ -53,22 +53,34 @@ def test_schedules_that_reach_zero_stop_every_weight(quick):
     [
         pytest.param("weights clamped to ±0.2", id="clamped"),
         pytest.param("rows of the first layer at unit norm", id="unit rows"),
+        pytest.param("rows of both layers at most at unit norm", id="max norm"),
+        pytest.param("one noisy batch at 200", id="noisy batch"),
         pytest.param("an average copied back every 50 steps", id="averaged back"),
         pytest.param("noise of norm 10 in every gradient, cosine", id="noise"),
     ],
 )
-def test_disturbances_do_no_more_harm_than_to_the_tuned_base(disturbance, base, request):
-    if "clamped" in disturbance and base == "SGD, momentum":
-        reason = (
-            "gradients that push against the clamp look like gains, and the scale grows: 1.5 for 0.28 (docs/limits.md)"
-        )
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
+def test_disturbances_do_no_more_harm_than_to_the_tuned_base(disturbance, base):
     def loss(rate):
         return safety.disturbed(disturbance, base, rate, seeds=[0])
 
     (ours, _), ((plain, _), _) = loss(safety.AUTO), safety.tuned(loss)
     assert ours <= DISTURBED_FACTOR * plain + DISTURBED_MORE
+
+
+@pytest.mark.parametrize("base", safety.DISTURBED, ids=["AdamW", "momentum"])
+def test_no_spike_at_a_constant_lr(base):
+    """On all the data at once, long after there is nothing left to learn: the loss was 4.3 again after 0.003."""
+    model, late = mlp(), []
+    optimizer = safety.build(base, model.parameters(), safety.AUTO)
+    for t in range(400):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(IMAGES), LABELS)
+        loss.backward()
+        optimizer.step()
+        if t >= 150:
+            late.append(loss.item())
+    assert max(late) < 0.5
+    assert late[-1] < 0.01
 
 
 @pytest.mark.parametrize("per_group", [False, True])

@@ -7,7 +7,8 @@ learned, and moves weights whose lr or gradient is 0. Here a step is the base's 
 
 What the base leaves alone stays to the bit. S is learned by the same bets (`tune`), on D = x - x_ref, the way that the
 weights have really gone: with delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two
-steps (clamping, projection, averaging, loading) is in D. Five rules replace the constants of Algorithm 1:
+steps (clamping, projection, averaging, loading) is in D. Six rules replace the constants of Algorithm 1. Of the
+schedule they know one thing: whether lr is at its highest so far, or has begun to fall.
 
 **Start.** |u| is the length of the first update and |x| that of the weights then (1 if they are all 0). The first step
 already moves the weights by 1e-3 of their length: s_init = 1e-3 * |x| / |u|. s_decay is counted in |u| / (the longest
@@ -18,18 +19,24 @@ update and a gradient have come that are not zero, the scale is 0. Under a warm-
 are old + w * (new - old). At lr 0 nothing changes, and no schedule that ends can drive the scale. While the scale is
 searched for, until it has fallen to 3/4 of its largest, w is 1, because the schedule may be over soon.
 
-**Memory.** After the search x_ref follows the weights: each step takes it nearer by 0.3 / (steps since then), so that
-D is mostly the way of the later part of the run, and where it began is forgotten slowly.
+**Noise.** While lr is at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. Once lr
+falls, losses count half (`penalty`): the schedule will take noise out of the weights by itself, so the scale that pays
+best at the moment is too small for the end.
+
+**Memory.** After the search x_ref follows the weights: each step takes it nearer by k / (steps since then), where k is
+1 while lr is at its highest and 0.3 once it falls. D is mostly the way of the later part of the run; where it began,
+and noise of long ago, are forgotten slowly.
 
 **Falls.** A scale that has fallen to a tenth of its largest was wrong, or its bets were about another problem. It goes
-on from that tenth, with x_ref = x and vectors that have seen nothing; the tenth is the new s_init. So the scale comes
-down by a factor of ten at a time at worst, and grows on new evidence.
+on from 3/10 of its largest, with vectors that have seen nothing; that is the new s_init. From then on half of the
+largest effective lr of before is a ceiling, which yields slowly: a step against it raises it by the part 1 / (steps
+since then). So what did harm once is not bet on again at once.
 
-**Bad batches.** A gradient more than 3 times as long as the longest of late makes a step that is shorter in proportion.
+**Bad batches.** A step is shortened in proportion if the longest gradient that a momentum may still hold, max(|g|,
+0.9 * that of before), is more than 3 times as long as the longest of late.
 
-Losses count half against gains (`penalty`): a schedule that decays takes noise out of the weights by itself later on,
-so the scale that pays best at each moment is too small for the end. docs/convergence.md has what these constants were
-chosen on. With `per_group`, all of this is said of each parameter group by itself.
+docs/safety.md has what these constants were chosen on. With `per_group`, all of this is said of each parameter group by
+itself.
 
 Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
 step therefore runs with every lr multiplied by one number, chosen before the first update such that the largest base lr
@@ -54,12 +61,15 @@ from mechanic_pytorch._state import LR_FACTOR, REFERENCE, UNIT, TunerState
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
-PENALTY = 0.5  # what a step that lost counts, against one that gained
+LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is more is rounding
+PENALTY = 0.5  # what a step that lost counts, against one that gained, once lr falls; before, 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
-LOST = 0.1  # of its largest, to which it has to fall to be learned anew, from there
-FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
+LOST, REGAINED = 0.1, 0.3  # of its largest: where a scale was wrong, and where it then goes on
+CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
+FOLLOW, FOLLOW_FALLING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
+MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
 
 
 class Numbers(NamedTuple):
@@ -69,7 +79,7 @@ class Numbers(NamedTuple):
     s_decay: float | Tensor
     s_init: float | Tensor
     eps: float | Tensor
-    penalty: float
+    penalty: float | Tensor
 
 
 class Memory(NamedTuple):
@@ -82,6 +92,9 @@ class Memory(NamedTuple):
     peak: Tensor  # the largest scale since it was last learned anew
     age: Tensor  # 0 while the scale is searched for; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
+    momentum: Tensor  # the longest |g| that the base may still hold
+    loudest: Tensor  # the largest effective lr since the scale was last learned anew
+    ceiling: Tensor  # of the effective lr; 0 if there is none
 
 
 def at_lr_one(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +133,7 @@ def is_known(optimizer: Any) -> bool:
 
 
 def together(memory: Memory | None) -> Tensor | None:
-    """Return it as it is stored, shape (..., 7)."""
+    """Return it as it is stored, shape (..., 10)."""
     return None if memory is None else torch.stack(memory, -1)
 
 
@@ -193,7 +206,8 @@ def begin(
     floor = RELATIVE * length / pace
     scale = floor / memory.highest
     begins = (memory.pace == 0) & (pace > 0) & (g > 0) & torch.stack([pace, g, x, scale]).isfinite().all(0)
-    first = Memory(pace, length, memory.highest, floor, scale, torch.zeros_like(g), g)
+    none = torch.zeros_like(g)
+    first = Memory(pace, length, memory.highest, floor, scale, none, g, g, none, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     share = (scale / state.scales.shape[-1]).unsqueeze(-1)
     state = state._replace(scales=torch.where(begins.unsqueeze(-1), share, state.scales))
@@ -215,15 +229,18 @@ def bet(
     """
     scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
     is_known = (memory.pace > 0) & (scale > 0)
-    shortened = torch.where(is_known & (g > 0), LONGER * memory.gradient / g, 1.0).clamp_max(1.0)
+    held = torch.maximum(g, MOMENTUM * memory.momentum)
+    shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
-    memory = memory._replace(highest=highest, longest=longest, gradient=gradient)
+    memory = memory._replace(highest=highest, longest=longest, gradient=gradient, momentum=held)
     by = torch.where(is_known, shortened / scale, 0.0)
     sums = dots * torch.stack([by, by, torch.ones_like(by), torch.ones_like(by)], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor / highest, 0.0)
-    return memory, sums, Numbers(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, PENALTY), shortened
+    penalty = torch.where(lr < LOWER * highest, PENALTY, 1.0).to(decay)
+    options = Numbers(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, penalty.unsqueeze(-1))
+    return memory, sums, options, shortened
 
 
 def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor) -> tuple[TunerState, Memory, Tensor]:
@@ -241,18 +258,32 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
     new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
     new = TunerState(*(torch.lerp(a, b, time.unsqueeze(-1)) for a, b in zip(old, new, strict=True)))
     scale = new.scales.sum(-1)
+
+    is_over = (memory.ceiling > 0) & (lr * scale > memory.ceiling)
+    ceiling = torch.where(is_over, memory.ceiling * (1 + time / memory.age.clamp_min(1.0)), memory.ceiling)
+    factor = torch.where(is_over, ceiling / (lr * scale), 1.0).clamp_max(1.0)
+    new = new._replace(reward=factor.unsqueeze(-1) * new.reward, scales=factor.unsqueeze(-1) * new.scales)
+    scale = factor * scale
+    loudest = torch.maximum(memory.loudest, lr * scale)
+
     is_lost = scale < LOST * memory.peak
     is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
-    regained = LOST * memory.peak
+    regained = REGAINED * memory.peak
     shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
     nothing = torch.zeros_like(shares)
     fresh = TunerState(nothing, nothing, nothing, shares)
     new = TunerState(*(torch.where(is_lost.unsqueeze(-1), a, b) for a, b in zip(fresh, new, strict=True)))
+    lower = CEILING * loudest
+    lower = torch.where(ceiling > 0, torch.minimum(ceiling, lower), lower)
+
     age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
-    follow = torch.where(is_lost, 1.0, FOLLOW * time / (age + FOLLOW + 7))
+    power = torch.where(lr < LOWER * memory.highest, FOLLOW_FALLING, FOLLOW).to(age)
+    follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
     memory = memory._replace(
         floor=torch.where(is_lost, regained * memory.highest, memory.floor),
         peak=torch.where(is_lost, regained, torch.maximum(memory.peak, scale)),
         age=torch.where(is_found, age, 0.0),
+        loudest=torch.where(is_lost, 0.0, loudest),
+        ceiling=torch.where(is_lost, lower, ceiling),
     )
-    return new, memory, torch.where(is_found, follow, 0.0)
+    return new, memory, follow

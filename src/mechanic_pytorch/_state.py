@@ -90,7 +90,7 @@ def attach_tuner(optimizer: Any) -> None:
         if _TUNER_KEYS[0] not in home:
             home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
         if config.s_init == "auto" and UNIT not in home:
-            home[UNIT], home[LR_FACTOR] = torch.zeros(7, device="cpu"), 1.0
+            home[UNIT], home[LR_FACTOR] = torch.zeros(10, device="cpu"), 1.0
             optimizer._start_is_known = False
         if LR_SUMS not in home:
             home[LR_SUMS] = torch.zeros(3, device="cpu")
