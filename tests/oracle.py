@@ -106,7 +106,7 @@ class AutoOracle:
         self.is_found |= now < 0.75 * self.peak
         if now < 0.1 * self.peak:
             self.renewed.append(now / self.peak)
-            self.peak = 0.3 * self.peak
+            self.peak = (0.3 if falls else 0.2) * self.peak
             self.ceiling, self.loudest = min(self.ceiling, self.loudest / 2), 0.0
             self.m, self.v, self.r = np.zeros((3, len(self.s)))
             self.s = np.full(len(self.s), self.peak / len(self.s))

@@ -28,9 +28,9 @@ best at the moment is too small for the end.
 and noise of long ago, are forgotten slowly.
 
 **Falls.** A scale that has fallen to a tenth of its largest was wrong, or its bets were about another problem. It goes
-on from 3/10 of its largest, with vectors that have seen nothing; that is the new s_init. From then on half of the
-largest effective lr of before is a ceiling, which yields slowly: a step against it raises it by the part 1 / (steps
-since then). So what did harm once is not bet on again at once.
+on from 2/10 of its largest, or 3/10 once lr falls, with vectors that have seen nothing; that is the new s_init. From
+then on half of the largest effective lr of before is a ceiling, which yields slowly: a step against it raises it by the
+part 1 / (steps since then). So what did harm once is not bet on again at once.
 
 **Bad batches.** A step is shortened in proportion if the longest gradient that a momentum may still hold, max(|g|,
 0.9 * that of before), is more than 3 times as long as the longest of late.
@@ -64,7 +64,8 @@ RELATIVE = 1e-3  # by how much of their length the first step moves the paramete
 LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is more is rounding
 PENALTY = 0.5  # what a step that lost counts, against one that gained, once lr falls; before, 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
-LOST, REGAINED = 0.1, 0.3  # of its largest: where a scale was wrong, and where it then goes on
+LOST = 0.1  # of its largest: where a scale was wrong
+REGAINED, REGAINED_FALLING = 0.2, 0.3  # of its largest, where it then goes on
 CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
 FOLLOW, FOLLOW_FALLING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
@@ -268,7 +269,8 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
 
     is_lost = scale < LOST * memory.peak
     is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
-    regained = REGAINED * memory.peak
+    falls = (lr < LOWER * memory.highest).to(scale)
+    regained = memory.peak * (REGAINED + falls * (REGAINED_FALLING - REGAINED))
     shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
     nothing = torch.zeros_like(shares)
     fresh = TunerState(nothing, nothing, nothing, shares)
@@ -277,7 +279,7 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
     lower = torch.where(ceiling > 0, torch.minimum(ceiling, lower), lower)
 
     age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
-    power = torch.where(lr < LOWER * memory.highest, FOLLOW_FALLING, FOLLOW).to(age)
+    power = FOLLOW + falls * (FOLLOW_FALLING - FOLLOW)
     follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
     memory = memory._replace(
         floor=torch.where(is_lost, regained * memory.highest, memory.floor),
