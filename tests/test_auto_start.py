@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import oracle
 from counting import Operations
 from device import DEVICE
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import _start, _state, mechanize
 from problems import SparseClassifier, full_loss, loss_of, mlp, train
 from test_paper import objective
 from test_resume import assert_identical
@@ -279,6 +279,18 @@ def test_a_checkpoint_of_another_kind_of_start_is_refused():
         assert_identical(kinds[one].state_dict(), before)
     plain = torch.optim.SGD(mlp().parameters(), lr=1.0)
     kinds["auto"].load_state_dict(plain.state_dict())
+
+
+def test_a_checkpoint_of_other_rules_is_refused():
+    assert len(_start.Memory._fields) == _state.UNIT_SIZE
+    model, other = mlp(), mlp()
+    ours, theirs = (auto("AdamW_fused", m.parameters()) for m in (model, other))
+    train(model, ours, 3)
+    before, checkpoint = copy.deepcopy(theirs.state_dict()), copy.deepcopy(ours.state_dict())
+    checkpoint["param_groups"][0]["mechanic_unit"] = checkpoint["param_groups"][0]["mechanic_unit"][:7]
+    with pytest.raises(ValueError, match=r"must hold 10 numbers\. Got 7, from a version whose s_init='auto'"):
+        theirs.load_state_dict(checkpoint)
+    assert_identical(theirs.state_dict(), before)
 
 
 def test_a_skipped_first_gradient_is_not_taken_for_the_start():

@@ -28,6 +28,7 @@ DELTA = "mechanic_delta"
 REFERENCE = "mechanic_reference"
 COMPENSATION = "mechanic_compensation"
 UNIT = "mechanic_unit"
+UNIT_SIZE = 10  # what it holds: the fields of `_start.Memory`
 LR_FACTOR = "mechanic_lr_factor"
 LR_SUMS = "mechanic_lr_sums"
 FROZEN_SCALE = "mechanic_frozen_scale"
@@ -90,7 +91,7 @@ def attach_tuner(optimizer: Any) -> None:
         if _TUNER_KEYS[0] not in home:
             home.update({key: torch.zeros(len(config.betas), device="cpu") for key in _TUNER_KEYS})
         if config.s_init == "auto" and UNIT not in home:
-            home[UNIT], home[LR_FACTOR] = torch.zeros(10, device="cpu"), 1.0
+            home[UNIT], home[LR_FACTOR] = torch.zeros(UNIT_SIZE, device="cpu"), 1.0
             optimizer._start_is_known = False
         if LR_SUMS not in home:
             home[LR_SUMS] = torch.zeros(3, device="cpu")
@@ -274,6 +275,12 @@ def check_loadable(optimizer: Any, state_dict: dict[str, Any]) -> None:
                 f"{who}: s_init must be of the kind that the checkpoint was saved with. Got {kinds[0]} in the "
                 f"checkpoint and {kinds[1]} here. Remedy: pass mechanize the same s_init, or drop the keys that start "
                 "with 'mechanic_' from param_groups[0] and state of a deep copy of it to start the tuner afresh."
+            )
+        if UNIT in group and len(group[UNIT]) != UNIT_SIZE:
+            raise ValueError(
+                f"{who}: the checkpoint's {UNIT!r} must hold {UNIT_SIZE} numbers. Got {len(group[UNIT])}, from a "
+                "version whose s_init='auto' had other rules. Remedy: go on with that version, or drop the keys that "
+                "start with 'mechanic_' from param_groups and state of a deep copy of it to start the tuner afresh."
             )
     first, *others = state_dict["param_groups"]
     if STEPS in first and others and config.per_group != any(_TUNER_KEYS[0] in group for group in others):
