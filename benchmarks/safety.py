@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -197,9 +197,10 @@ def summary(made: dict[Row, Run]) -> str:
     """Return the mean and the worst, as a sentence."""
     worst = max(made, key=lambda row: made[row].final)
     spike = max(made, key=lambda row: made[row].spike)
-    mean = fmean(run.final for run in made.values())
+    finals = [run.final for run in made.values()]
     return (
-        f"Final loss, divided by that of the tuned base: {mean:.2f} in the mean of {len(made)} rows, at worst "
+        f"Final loss, divided by that of the tuned base: {fmean(finals):.2f} in the mean of {len(made)} rows, "
+        f"{median(finals):.2f} in the median, at worst "
         f"{made[worst].final:.2f} ({said(worst)}); the largest loss of the second half, "
         f"divided by the tuned base's: at worst {made[spike].spike:.2f} ({said(spike)})."
     )

@@ -375,9 +375,8 @@ def test_tensors_of_more_than_2_to_the_31_numbers():
     table = torch.tensor(column, device=DEVICE).view(-1, 1)
     sums = torch.empty(1, 4, device=DEVICE)
     work = kernel.Work(table, torch.zeros(1, dtype=torch.int64, device=DEVICE), False)
-    kernel._launch(
-        kernel._measure, work, sums, X=x.dtype, G=x.dtype, D=x.dtype, COPY=False, PLAIN=False, COMPENSATION=None
-    )
+    flags = {"COPY": False, "PLAIN": False, "COMPENSATION": None, "BLOCK": kernel.BLOCK}
+    kernel._launch(kernel._measure, work, sums, X=x.dtype, G=x.dtype, D=x.dtype, **flags)
     torch.testing.assert_close(sums, x.square().sum().expand(1, 4))
 
 
