@@ -1,13 +1,7 @@
 """The tuner throws no good model away (`benchmarks/safety.py` in small), and what should rest does, to the bit."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks import safety
 
 from mechanic_pytorch import mechanize

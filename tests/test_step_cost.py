@@ -16,7 +16,7 @@ def test_the_page_says_what_was_measured():
     assert between_marks(page, "step cost", {"gpu": step_cost.text(figures)}.get) == page
 
 
-def test_a_step_is_measured_and_reported(tmp_path):
+def test_a_step_is_measured_and_reported():
     method = step_cost.methods(ROOT / ".venv" / "peers", "cpu")[0]
     row = step_cost.cost(method, [(30, 20), (7,)], step_cost.DTYPES["bfloat16"], "cpu", 3)
     speeds = {"a copy": 10.0, "fused AdamW": 8.0}

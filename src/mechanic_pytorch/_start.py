@@ -215,6 +215,11 @@ def begin(
     return bounded(state, scale_limit(optimizer, lr)), memory
 
 
+def falls(memory: Memory, lr: float | Tensor) -> Tensor:
+    """Tell whether lr has begun to fall, `highest` being that of now; shape (...)."""
+    return lr < LOWER * memory.highest
+
+
 def bet(
     state: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
 ) -> tuple[Memory, Tensor, Numbers, Tensor]:
@@ -239,7 +244,7 @@ def bet(
     sums = dots * torch.stack([by, by, torch.ones_like(by), torch.ones_like(by)], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor / highest, 0.0)
-    penalty = torch.where(lr < LOWER * highest, PENALTY, 1.0).to(decay)
+    penalty = torch.where(falls(memory, lr), PENALTY, 1.0).to(decay)
     options = Numbers(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, penalty.unsqueeze(-1))
     return memory, sums, options, shortened
 
@@ -269,8 +274,8 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
 
     is_lost = scale < LOST * memory.peak
     is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
-    falls = (lr < LOWER * memory.highest).to(scale)
-    regained = memory.peak * (REGAINED + falls * (REGAINED_FALLING - REGAINED))
+    falling = falls(memory, lr).to(scale)
+    regained = memory.peak * (REGAINED + falling * (REGAINED_FALLING - REGAINED))
     shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
     nothing = torch.zeros_like(shares)
     fresh = TunerState(nothing, nothing, nothing, shares)
@@ -279,7 +284,7 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
     lower = torch.where(ceiling > 0, torch.minimum(ceiling, lower), lower)
 
     age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
-    power = FOLLOW + falls * (FOLLOW_FALLING - FOLLOW)
+    power = FOLLOW + falling * (FOLLOW_FALLING - FOLLOW)
     follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
     memory = memory._replace(
         floor=torch.where(is_lost, regained * memory.highest, memory.floor),

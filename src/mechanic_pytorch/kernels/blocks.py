@@ -35,8 +35,8 @@ def measure(
     dtype = kept[0].dtype
     converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _aligned
     sums = []
-    more = [[] if lists is None else [lists] for lists in (copies, compensations if plain else None)]
-    for _, xs, gs, ks, *others in _blocks(params, grads, kept, *more[0], *more[1], small=SMALL):
+    more = [lists for lists in (copies, compensations if plain else None) if lists is not None]
+    for _, xs, gs, ks, *others in _blocks(params, grads, kept, *more, small=SMALL):
         x, g, delta = _line(xs), _line(gs), _line(ks)
         if copies is not None:
             _copy(others[0], xs)
