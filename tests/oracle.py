@@ -61,7 +61,8 @@ class AutoOracle:
         self.renewed, self.capped = [], 0  # how the scale was learned anew, how often the ceiling held it
 
     def step(self, g, lr):
-        self.highest = max(self.highest, lr)
+        before, self.highest = self.highest, max(self.highest, lr)
+        self.jump = min(1.0, 2 * before / lr) if lr else 1.0
         x, gradient = flat(self.x), flat(g)
         length = 1.0
         if self.pace is not None:
@@ -73,7 +74,7 @@ class AutoOracle:
 
     def begin(self, x, g, pace):
         self.pace, self.usual, self.held = pace, norm(g), norm(g)
-        self.loudest, self.ceiling = 0.0, np.inf
+        self.loudest, self.ceiling, self.lost = 0.0, np.inf, 0.0
         self.longest = norm(x) or 1.0
         self.least = 1e-3 * self.longest / pace  # an effective lr
         self.s[:] = self.least / self.highest / len(self.s)
@@ -85,6 +86,8 @@ class AutoOracle:
         length = min(1.0, 3 * self.usual / self.held)
         falls = lr < (1 - 1e-6) * self.highest
         self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
+        if not self.is_found:
+            self.r, self.s, self.peak = self.jump * self.r, self.jump * self.s, self.jump * self.peak
         way, scale = x - self.reference, self.s.sum()
         decay = self.s_decay * self.pace * self.highest / self.longest
         h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
@@ -104,8 +107,10 @@ class AutoOracle:
         now = self.s.sum()
         self.loudest = max(self.loudest, lr * now)
         self.is_found |= now < 0.75 * self.peak
-        if now < 0.1 * self.peak:
+        runs_away = self.lost > 0 and way @ g > 10 * self.lost and now * self.highest <= self.least * (1 + 1e-6)
+        if now < 0.1 * self.peak or runs_away:
             self.renewed.append(now / self.peak)
+            self.lost = max(0.0, way @ g)
             self.peak = (0.3 if falls else 0.2) * self.peak
             self.ceiling, self.loudest = min(self.ceiling, self.loudest / 2), 0.0
             self.m, self.v, self.r = np.zeros((3, len(self.s)))

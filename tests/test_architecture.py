@@ -24,7 +24,7 @@ ALLOWED = {
     "_start": {"_base", "_buckets", "_control", "_state", "distributed"},
     "_state": {"_config", "distributed"},
     "_steps": {"_base", "_buckets", "_state", "_warnings"},
-    "_warnings": {"_base", "_buckets", "_state"},
+    "_warnings": {"_base", "_buckets", "_state", "distributed"},
     "distributed": set(),
     "integrations": {"telemetry"},
     "kernels": set(),

@@ -1,6 +1,7 @@
 """`s_init="auto"`: the run does not depend on the base lr, and starts wherever a first step is special."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ def relative_distance(actual, expected):
 
 
 WARM_UP = {"constant": lambda t: 1.0, "warm-up": lambda t: min(1.0, t / 20), "decay": lambda t: 0.97**t}
+WARM_UP["jump"] = lambda t: 1e-3 if t < 5 else 1.0
 
 
 @pytest.mark.parametrize("begins", ["at random", "near zero"])
@@ -71,7 +73,8 @@ def test_equals_the_tuner_run_in_other_units(name, schedule, begins):
 def test_a_scale_that_was_wrong_is_learned_anew(name):
     """The gradient turns round at step 60, and back: what was bet on is over. One gradient is too long.
 
-    From step 120 on it is always the same, for which the scale would grow without end, but for the ceiling.
+    From step 120 on it is always the same, for which the scale would grow without end, but for the ceiling. With SGD,
+    the long gradient makes the weights run away from what the first fall has left, so that the scale falls again.
     """
     start, gradients = objective(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
@@ -84,8 +87,11 @@ def test_a_scale_that_was_wrong_is_learned_anew(name):
             p.grad = torch.tensor(factor * g if t < 120 else np.ones_like(g))
         ours.step()
         theirs.step([factor * g if t < 120 else np.ones_like(g) for g in gradients(theirs.x, t % 60)], 1.0)
-    assert theirs.renewed
-    assert theirs.capped
+    assert theirs.renewed[0] < 0.1
+    if name == "SGD":
+        assert theirs.renewed[1] > 0.1
+    else:
+        assert theirs.capped
     for p, x in zip(params, theirs.x, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-7, atol=1e-7 * np.abs(x).max())
 
@@ -195,7 +201,7 @@ def test_low_precision(dtype):
     model = mlp(dtype)
     optimizer = mechanize(torch.optim.SGD, s_init="auto")(model.parameters(), lr=1.0)
     scale_after(model, optimizer)
-    assert optimizer.param_groups[0]["mechanic_unit"].dtype == torch.float32
+    assert optimizer.param_groups[0]["mechanic_unit"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 30])
@@ -274,9 +280,17 @@ def test_a_checkpoint_of_another_kind_of_start_is_refused():
         train(model, kinds[s_init], 3)
     for one, other in (("auto", 1e-8), (1e-8, "auto")):
         before = copy.deepcopy(kinds[one].state_dict())
-        with pytest.raises(ValueError, match="s_init must be of the kind that the checkpoint was saved with"):
+        with pytest.raises(
+            ValueError, match=r"must have the same kind of s_init.*load_state_dict\(\.\.\., tuner=\"fresh\"\)"
+        ):
             kinds[one].load_state_dict(kinds[other].state_dict())
         assert_identical(kinds[one].state_dict(), before)
+        model = mlp()
+        fresh = mechanize(torch.optim.SGD, s_init=one)(model.parameters(), lr=1.0)
+        fresh.load_state_dict(kinds[other].state_dict(), tuner="fresh")
+        assert fresh.scale == 0
+        train(model, fresh, 3)
+        assert fresh.scale > 0
     plain = torch.optim.SGD(mlp().parameters(), lr=1.0)
     kinds["auto"].load_state_dict(plain.state_dict())
 
@@ -288,7 +302,7 @@ def test_a_checkpoint_of_other_rules_is_refused():
     train(model, ours, 3)
     before, checkpoint = copy.deepcopy(theirs.state_dict()), copy.deepcopy(ours.state_dict())
     checkpoint["param_groups"][0]["mechanic_unit"] = checkpoint["param_groups"][0]["mechanic_unit"][:7]
-    with pytest.raises(ValueError, match=r"must hold 10 numbers\. Got 7, from a version whose s_init='auto'"):
+    with pytest.raises(ValueError, match=r"must hold 11 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
         theirs.load_state_dict(checkpoint)
     assert_identical(theirs.state_dict(), before)
 
@@ -315,7 +329,7 @@ def test_once_begun_it_costs_nothing():
             optimizer.step()
     assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
     small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
-    assert small["measure"] < 130  # operations on a few numbers
+    assert small["measure"] < 160  # operations on a few numbers
     assert counts["auto"].count["dot"] == counts[1e-8].count["dot"]
 
 
@@ -329,7 +343,7 @@ def test_no_lr_is_lost_in_rounding_or_overflows(dtype, lr):
 
 
 def test_the_lr_that_the_user_sees_is_the_users():
-    """A factor of 1000 while the base steps; after it, and after an error, the very objects that were there."""
+    """The base finds another; after its step, and after an error, the very objects are back."""
     seen, lr = [], torch.tensor(1e-3)
 
     class Watched(torch.optim.SGD):
@@ -350,23 +364,31 @@ def test_the_lr_that_the_user_sees_is_the_users():
         train(model, optimizer, 1, first=2)
     assert [group["lr"] for group in optimizer.param_groups] == [lr, 5e-4]
     assert optimizer.param_groups[0]["lr"] is lr
-    assert seen == [pytest.approx([1.0, 0.5])] * 3
+    factor = optimizer.param_groups[0]["mechanic_lr_factor"]
+    assert seen == [pytest.approx([1.0, 0.5]), *[pytest.approx([1e-3 * factor, 5e-4 * factor])] * 2]
+    assert factor > 999
 
 
-def test_the_factor_does_not_change_on_the_way():
-    """A warm-up, lr changed by hand, a checkpoint: the sums keep the unit in which they were begun."""
+def test_once_chosen_the_factor_changes_only_if_lr_grows_past_it():
+    """A warm-up and a checkpoint keep the unit in which the sums were begun; lr changed by hand, by a power of two."""
     model = mlp()
     optimizer = auto("SGD", model.parameters(), 1e-3)
     schedule = LambdaLR(optimizer, lambda t: min(1.0, t / 5))
-    train(model, optimizer, 10, scheduler=schedule)
+    train(model, optimizer, 3, scheduler=schedule)
     factor = optimizer.param_groups[0]["mechanic_lr_factor"]
-    assert factor == 1000.0
-    optimizer.param_groups[0]["lr"] = 1.0
+    assert math.log2(factor / 1000.0) % 1 == 0
+    train(model, optimizer, 10, first=3, scheduler=schedule)
     other = auto("SGD", mlp().parameters(), 1.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for one in (optimizer, other):
-        train(model, one, 1)
+        train(model, one, 1, first=13)
         assert one.param_groups[0]["mechanic_lr_factor"] == factor
+    peak, learned = optimizer.effective_lr(), optimizer.learned_lr()
+    optimizer.param_groups[0]["lr"] = 5e-3
+    train(model, optimizer, 1, first=14)
+    assert optimizer.param_groups[0]["mechanic_lr_factor"] == factor / 8
+    assert optimizer.learned_lr() == pytest.approx([5 * learned[0]], rel=0.5)
+    assert optimizer.effective_lr()[0] < 10 * peak[0]
     optimizer.reset()
     optimizer.param_groups[0]["initial_lr"] = 1.0
     train(model, optimizer, 1)

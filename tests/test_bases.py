@@ -6,6 +6,7 @@ from inspect import signature
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import mechanic_pytorch.optim
@@ -169,3 +170,89 @@ def test_a_base_without_learning_rate():
     optimizer = mechanize(WithoutRate)(model.parameters())
     train(model, optimizer, 20)
     assert optimizer.effective_lr() == [float(optimizer.scale)]
+
+
+class Prodigy(torch.optim.SGD):
+    """Named like an optimizer that learns a rate by itself."""
+
+
+class OfThatFamily(Prodigy):
+    pass
+
+
+@pytest.mark.parametrize("base", [Prodigy, OfThatFamily])
+def test_a_base_with_a_rate_of_its_own_is_warned_of_once(base):
+    model = mlp()
+    optimizer = mechanize(base)(model.parameters(), lr=1.0)
+    with pytest.warns(
+        UserWarning, match=rf"{base.__name__} has a rate, .* Remedy: use {base.__name__} as it is"
+    ) as heard:
+        train(model, optimizer, 5)
+    assert len(heard) == 1
+
+
+def test_parameters_on_a_manifold_are_warned_of_once():
+    model = mlp()
+    model[0].weight.manifold = "sphere"
+    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    with pytest.warns(UserWarning, match=r"manifold, which a rescaled step leaves.*Remedy: give them to SGD") as heard:
+        train(model, optimizer, 5)
+    assert len(heard) == 1
+
+
+class OneOperationAtMost(torch.Tensor):
+    """A weight of a class that implements hardly anything, as those of 8 bits do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch._foreach_sub or function is torch.empty_like:
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_without_arithmetic_are_refused_with_the_remedy():
+    weight = torch.randn(3).as_subclass(OneOperationAtMost).requires_grad_()
+    with pytest.raises(TypeError, match=r"Got OneOperationAtMost\. Remedy: give these parameters to a plain"):
+        mechanize(torch.optim.SGD)([weight], lr=1.0)
+
+
+def test_the_learned_lr_after_very_many_steps():
+    """Sums of float32 would stand still at 2^24 steps, so that what is learned later would not count."""
+    model = mlp()
+    optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=1.0)
+    train(model, optimizer, 3)
+    group = optimizer.param_groups[0]
+    group["mechanic_lr_sums"].copy_(torch.tensor([1e6, 1e8, 1.0]))
+    before = group["mechanic_lr_sums"].clone()
+    train(model, optimizer, 10, first=3)
+    grown = group["mechanic_lr_sums"] - before
+    assert grown[1] == 10
+    assert grown[0] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"s_init": "auto"}, {"s_init": "auto", "per_group": True}], ids=str)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_weights_without_values(base, options):
+    """On the device "meta", and among fake tensors, where memory is planned: steps run, and make all state."""
+    for context in (torch.device("meta"), FakeTensorMode()):
+        with context:
+            model = torch.nn.Linear(4, 3)
+            optimizer = mechanize(base, **options)(model.parameters(), lr=1.0)
+            for _ in range(3):
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+        kept = "mechanic_reference" if options else "mechanic_delta"
+        assert [optimizer.state[p][kept].shape for p in model.parameters()] == [(3, 4), (3,)]
+
+
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
+def test_what_a_base_says_of_meta_tensors_is_said(s_init):
+    messages = []
+    for make in (torch.optim.Adam, mechanize(torch.optim.Adam, s_init=s_init)):
+        p = torch.nn.Parameter(torch.ones(3, device="meta"))
+        p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError) as error:
+            make([p], lr=1.0, fused=True).step()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]

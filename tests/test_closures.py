@@ -188,3 +188,51 @@ def test_a_scaler_that_hands_over_found_inf_finds_it_again():
     train(model, optimizer, 1)
     assert optimizer.found_inf is found_inf
     assert full_loss(model) > 0
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("s_init", ["auto", 1e-4])
+def test_the_lr_in_a_closure_a_hook_and_a_log_is_the_users(base, s_init):
+    """Only the base finds another one, also where it evaluates the closure more than once."""
+    seen = []
+    model = mlp()
+    options = {"max_iter": 4, "line_search_fn": "strong_wolfe"} if base is torch.optim.LBFGS else {}
+    logged = mechanize(base, s_init=s_init, log_every=1, log_func=lambda data: see())
+    optimizer = logged(model.parameters(), lr=1e-3, **options)
+
+    def see(*args):
+        seen.append(optimizer.param_groups[0]["lr"])
+
+    optimizer.register_step_pre_hook(see)
+    optimizer.register_step_post_hook(see)
+
+    def closure():
+        see()
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert seen == [1e-3] * len(seen)
+    assert len(seen) >= 20
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
+def test_an_lr_that_a_closure_sets_stays(base):
+    model, calls = mlp(), []
+    optimizer = mechanize(base, s_init="auto")(model.parameters(), lr=1e-3)
+
+    def closure():
+        calls.append(None)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 / (1 + len(calls))
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+        assert optimizer.param_groups[0]["lr"] == 1e-3 / (1 + len(calls))

@@ -72,7 +72,7 @@ def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta):
     optimizer = mechanize(torch.optim.SGD, store_delta=store_delta)(model.parameters(), lr=1.0)
     loss_of(model, 0).backward()
     optimizer.step()
-    tuner = (4 * 6 + 3) * (8 if dtype == torch.float64 else 4) + 2 * 8  # four vectors, three sums, two counters
+    tuner = (4 * 6 + 3) * 8 + 2 * 8  # four vectors, three sums, two counters
     assert state_bytes(optimizer) == tuner + bytes_per_weight * sum(p.numel() for p in model.parameters())
 
 

@@ -237,3 +237,92 @@ def test_a_group_without_parameters():
     optimizer = mechanize(torch.optim.SGD)([{"params": []}, {"params": [a]}], lr=1.0)
     step(optimizer, 1.0)
     assert optimizer.effective_lr() == [0.0, 0.0]
+
+
+def reversed_groups(optimizer):
+    optimizer.param_groups.reverse()
+
+
+def rebuilt(optimizer):
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+
+
+def merged(optimizer):
+    first = optimizer.param_groups.pop(0)
+    optimizer.param_groups[0]["params"] += first["params"]
+
+
+def first_removed(optimizer):
+    for p in optimizer.param_groups.pop(0)["params"]:
+        p.requires_grad_(False)
+        p.grad = None
+        optimizer.state.pop(p)
+
+
+@pytest.mark.parametrize("change", [reversed_groups, rebuilt, merged, first_removed])
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("s_init", ["auto", 1e-4])
+def test_groups_that_are_moved_keep_what_was_learned(s_init, per_group, change):
+    """At once, in a checkpoint, and in the next steps; with a scale for each group, each parameter its own."""
+    model = mlp()
+    layers = [{"params": list(model[i].parameters())} for i in (0, 2)]
+    optimizer = mechanize(torch.optim.AdamW, s_init=s_init, per_group=per_group)(layers, lr=1.0)
+    train(model, optimizer, 60)
+    scales, sums = optimizer.scale.tolist(), optimizer.learned_lr()
+    change(optimizer)
+    expected = {reversed_groups: [1, 0], rebuilt: [0, 1], merged: [1], first_removed: [1]}[change]
+    assert optimizer.scale.tolist() == ([scales[i] for i in expected] if per_group else scales)
+    assert optimizer.learned_lr() == [sums[i] for i in expected]
+    assert optimizer.state_dict()["param_groups"][0]["mechanic_steps"] == 60
+    assert optimizer.skipped_steps == 0
+    before = full_loss(model)
+    train(model, optimizer, 60, first=60)
+    assert optimizer.param_groups[0]["mechanic_steps"] == 120
+    assert full_loss(model) < before
+
+
+def test_a_reset_between_changes_of_groups_forgets():
+    model = mlp()
+    optimizer = mechanize(torch.optim.AdamW, s_init="auto")(model.parameters(), lr=1.0)
+    train(model, optimizer, 20)
+    optimizer.reset()
+    rebuilt(optimizer)
+    assert optimizer.scale == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"s_init": "auto"}, {"s_init": 1e-4}, {"s_init": "auto", "per_group": True}], ids=str
+)
+@pytest.mark.parametrize("change", ["grow", "prune"])
+def test_points_that_are_added_or_pruned(change, options, fused):
+    """As code for Gaussian splatting does it, which knows the state of Adam and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(6, 3, generator=generator).repeat(2, 1)
+    p = torch.nn.Parameter(torch.zeros(6, 3))
+    optimizer = mechanize(torch.optim.Adam, **options)([{"params": [p], "name": "means"}], lr=1.0, fused=fused)
+    losses, scales = [], []
+    for t in range(200):
+        if t in (30, 60):
+            rows = torch.cat([torch.arange(len(p))] * 2) if change == "grow" and len(p) == 6 else torch.arange(3)
+            state, new = optimizer.state.pop(p), torch.nn.Parameter(p.detach()[rows].clone())
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key][rows].clone()
+            optimizer.param_groups[0]["params"][0], optimizer.state[new], p = new, state, new
+        optimizer.zero_grad()
+        loss = (p - target[: len(p)]).square().mean()
+        loss.backward()
+        if t == 30:
+            with pytest.warns(UserWarning, match=r"a parameter comes with .* They begin anew from the weights"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        losses.append(loss.item())
+        scales.append(float(optimizer.scale))
+    assert losses[-1] < 1e-2 * losses[0]
+    assert losses[32] < 1.5 * losses[29]
+    assert scales[30] > 0.2 * scales[29]
+    assert optimizer.state[p][next(k for k in optimizer.state[p] if k.startswith("mechanic"))].shape == p.shape

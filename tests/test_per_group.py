@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import oracle
 from counting import Operations
-from mechanic_pytorch import mechanize, patched
+from mechanic_pytorch import _state, mechanize, patched
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import full_loss, loss_of, mlp, train
 
 OWN = [
     *("mechanic_max_product", "mechanic_sum_squared_products", "mechanic_reward", "mechanic_scales"),
-    *("mechanic_lr_sums", "mechanic_unit", "mechanic_lr_factor"),
+    *("mechanic_lr_sums", "mechanic_unit", "mechanic_lr_factor", "mechanic_frozen_scale"),
 ]
 
 
@@ -140,7 +140,9 @@ def test_any_group_may_be_without_gradient_and_any_may_come_later(lrs, present, 
         for other in others:
             other.step()
         for group, kept in zip(absent, before, strict=True):
-            for key in kept.keys() - {"mechanic_lr_factor"}:  # chosen before the first update
+            if "mechanic_lr_factor" in kept and kept["mechanic_scales"].any():  # its unit may still be chosen
+                _state.rescale(kept, group["mechanic_lr_factor"] / kept["mechanic_lr_factor"])
+            for key in kept.keys() - {"mechanic_lr_factor", "mechanic_frozen_scale"}:
                 assert torch.equal(group[key].double(), kept[key].double()), key
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-12)
@@ -335,9 +337,11 @@ def test_a_checkpoint_of_the_other_kind_is_refused(per_group):
     train(model, saved, 3)
     train(model, optimizer, 3)
     before = copy.deepcopy(optimizer.state_dict())
-    kinds = ("one tuner in the checkpoint and one per group", "one tuner per group in the checkpoint and a single one")
-    expected = f"per_group must be what the checkpoint was saved with. Got {kinds[not per_group]} here. Remedy: pass "
-    with pytest.raises(ValueError, match=re.escape(f"{expected}mechanize per_group={not per_group}, or drop")):
+    kinds = ("one tuner in it and one per group", "one tuner per group in it and a single one")
+    expected = (
+        f"the checkpoint must be of an optimizer with the same per_group. Got {kinds[not per_group]} here. Remedy"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"{expected}: pass mechanize per_group={not per_group}; or keep")):
         optimizer.load_state_dict(saved.state_dict())
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
     plain = copy.deepcopy(saved.state_dict())  # the remedy

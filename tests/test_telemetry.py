@@ -124,7 +124,7 @@ def test_one_copy_to_the_host(lrs, monkeypatch):
     with Operations() as operations:
         assert read([taken] * 3)[2].effective_lr == optimizer.effective_lr()
     assert copies == [3 * taken.packed.nbytes]
-    assert taken.packed.nbytes < 200
+    assert taken.packed.nbytes < 400
 
 
 def test_what_is_not_mechanized_is_refused():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
@@ -57,7 +58,7 @@ def requires_closure(step: Callable[..., Any]) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+def first_evaluation(closure: Callable[[], Any], lr_times: LrTimes) -> tuple[Any, Callable[[], Any]]:
     """Evaluate the closure with autograd on; return its loss, and a closure that begins by repeating that answer."""
     with torch.enable_grad():
         loss = closure()
@@ -66,7 +67,7 @@ def first_evaluation(closure: Callable[[], Any]) -> tuple[Any, Callable[[], Any]
     def replay() -> Any:
         if pending:
             return pending.pop()
-        with torch.enable_grad():
+        with lr_times.paused(), torch.enable_grad():
             return closure()
 
     return loss, replay
@@ -79,9 +80,18 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
-def can_ask_host() -> bool:
-    """Tell whether the host can look at a value: not while `torch.compile` or a CUDA graph records the step."""
-    return not (torch.compiler.is_compiling() or is_capturing())
+def can_ask_host(optimizer: Optimizer) -> bool:
+    """Tell whether the host can look at a value: not while `torch.compile` or a CUDA graph records the step.
+
+    Nor where there are no values.
+    """
+    return not (torch.compiler.is_compiling() or is_capturing()) and has_values(optimizer)
+
+
+def has_values(optimizer: Optimizer) -> bool:
+    """Tell whether the weights are more than shapes, to which their class or device "meta" may reduce them."""
+    params: list[Tensor] = next((group["params"] for group in optimizer.param_groups if group["params"]), [])
+    return not (params and (params[0].is_meta or isinstance(params[0], FakeTensor)))
 
 
 def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,28 +131,49 @@ def unscaled(optimizer: Optimizer, dots: Tensor) -> Tensor:
     """
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if grad_scale is not None:
-        inverse = 1.0 / grad_scale.to(dots)
+        inverse = 1.0 / grad_scale.to(dots).reshape(())
         one = torch.ones_like(inverse)
         dots = dots * torch.stack([inverse, one, inverse * inverse, one])
     overflow: Tensor | None = getattr(optimizer, "found_inf", None)
-    return dots if overflow is None else dots.masked_fill(overflow.to(dots.device) > 0, torch.nan)
+    return dots if overflow is None else dots.masked_fill(overflow.to(dots.device).reshape(()) > 0, torch.nan)
 
 
-@contextmanager
-def lr_times(optimizer: Optimizer, factors: Sequence[float]) -> Iterator[None]:
-    """Let a block find the lr of each group multiplied by its factor, and put the user's back afterwards."""
-    changed = [
-        (group, factor, group["lr"], group["lr"] * factor)
-        for group, factor in zip(optimizer.param_groups, factors, strict=True)
-        if group.get("lr") is not None and factor != 1.0
-    ]
-    try:
-        for group, _, _, ours in changed:
+class LrTimes:
+    """A block in which the base finds the lr of each group multiplied by its factor; the user's come back afterwards.
+
+    What somebody writes to an lr in the block stays: the base writes ours, code in `paused` writes the user's.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.groups = optimizer.param_groups
+        self.factors: Sequence[float] = [1.0] * len(self.groups)
+        self._changed: list[tuple[dict[str, Any], float, Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._changed = [
+            (group, factor, group["lr"], group["lr"] * factor)
+            for group, factor in zip(self.groups, self.factors, strict=True)
+            if group.get("lr") is not None and factor != 1.0
+        ]
+        for group, _, _, ours in self._changed:
             group["lr"] = ours
-        yield
-    finally:
-        for group, factor, theirs, ours in changed:
+
+    def __exit__(self, *error: object) -> None:
+        for group, factor, theirs, ours in self._changed:
             group["lr"] = theirs if group["lr"] is ours else group["lr"] / factor  # the base has set it
+        self._changed = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let a block within, a closure, find the user's."""
+        inside = bool(self._changed)
+        if inside:
+            self.__exit__()
+        try:
+            yield
+        finally:
+            if inside:
+                self.__enter__()
 
 
 def lrs(groups: Sequence[dict[str, Any]], key: str = "lr") -> list[float]:
@@ -151,14 +182,18 @@ def lrs(groups: Sequence[dict[str, Any]], key: str = "lr") -> list[float]:
     return [1.0 if lr is None else float(lr) for lr in values]
 
 
-def largest_lr(optimizer: Any, like: Tensor) -> float | Tensor:
+def largest_lr(optimizer: Any, like: Tensor, factors: Sequence[float]) -> float | Tensor:
     """Return the largest lr of the groups that share a tuner, or, with `per_group`, that of each, shape (G,).
 
-    It is a tensor like `like`, not looked at, if there are several or one of them is a tensor.
+    Each counts times its factor. It is a tensor like `like`, not looked at, if there are several or one of them is a
+    tensor.
     """
     values = [1.0 if lr is None else lr for lr in (group.get("lr") for group in optimizer.param_groups)]
     per_group = optimizer.mechanic_config.per_group
     if not per_group and not any(isinstance(lr, Tensor) for lr in values):
-        return max(values)
-    tensors = [lr.to(like).reshape(()) if isinstance(lr, Tensor) else like.new_full((), lr) for lr in values]
+        return max(factor * lr for factor, lr in zip(factors, values, strict=True))
+    tensors = [
+        factor * (lr.to(like).reshape(()) if isinstance(lr, Tensor) else like.new_full((), lr))
+        for factor, lr in zip(factors, values, strict=True)
+    ]
     return torch.stack(tensors) if per_group else torch.stack(tensors).max()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch import kernels
-from mechanic_pytorch._state import COMPENSATION, REFERENCE, accumulator_dtype, slot
+from mechanic_pytorch._state import COMPENSATION, PER_PARAMETER, REFERENCE, accumulator_dtype, slot
 from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
 from mechanic_pytorch.kernels import Kernel
 
@@ -40,6 +40,7 @@ class Bucket:
     kept: list[Tensor] = field(default_factory=list)  # what is stored under `slot`
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     is_new: bool = False  # some parameter takes part for the first time
+    has_new_shapes: bool = False  # some parameter has another shape than what is stored for it
 
     def add(self, p: Tensor, grad: Tensor, stored: dict[str, Tensor]) -> None:
         """Take in a parameter with its gradient and what is stored for it."""
@@ -113,7 +114,10 @@ def collect(optimizer: Any) -> tuple[list[Bucket], list[Spread]]:
             bucket = buckets.get(key)
             if bucket is None:
                 bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, slot(config), group)
-            bucket.add(p, grad, optimizer.state.get(p, {}))
+            stored = optimizer.state.get(p, {})
+            fits = all(stored[key].shape == p.shape for key in PER_PARAMETER & stored.keys())
+            bucket.has_new_shapes |= not fits
+            bucket.add(p, grad, stored if fits else {})
     return list(buckets.values()), list(spreads)
 
 
@@ -124,8 +128,24 @@ def move(buckets: list[Bucket], before: list[list[Tensor]], scales: Sequence[Ten
         bucket.kernel.move(bucket.params, starts, bucket.kept, bucket.compensations or None, *converted)
 
 
-def store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
-    """Write the buckets' tensors into the optimizer's state, where they stay and are changed in place."""
+def commit(optimizer: Optimizer, buckets: list[Bucket], write: Callable[[], object]) -> None:
+    """Write down a step whose weights have moved, and finish even if interrupted.
+
+    Args:
+        optimizer: the optimizer.
+        buckets: whose tensors go to its state, where they stay and are changed in place.
+        write: what `_state.prepared` returned.
+    """
+    try:
+        _store(optimizer, buckets)
+        write()
+    except BaseException:
+        _store(optimizer, buckets)
+        write()
+        raise
+
+
+def _store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
     for bucket in buckets:
         for p, kept in zip(bucket.owners, bucket.state, strict=True):
             state = optimizer.state[p]
@@ -140,11 +160,6 @@ def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype, st
         return start.to(dtype, copy=True)
     if kept is None:
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    if kept.shape != p.shape:
-        raise ValueError(
-            f"mechanic_pytorch: the state {key!r} must have the shape of its parameter, {tuple(p.shape)}. Got "
-            f"{tuple(kept.shape)}. Remedy: drop it from optimizer.state[p] when you replace a parameter."
-        )
     return kept.to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
 
 

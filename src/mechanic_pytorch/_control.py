@@ -2,7 +2,7 @@
 
 A frozen step is the base's own, at lr * scale: nothing is measured, nothing is moved, no weights are copied. The sum of
 updates stays what it was, and so does what it is multiplied by; a later `unfreeze` hence goes on from the weights as
-they are then, as after any edit of them. Two things are kept up: the counts and sums of `_state.note`, some operations
+they are then, as after any edit of them. Two things are kept up: counts and sums (`_state.prepared`), some operations
 on single numbers, and `skip_nonfinite`, one pass over the gradients; in a sharded run also one sum over the processes.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import ASGD, LBFGS, Adafactor, Rprop
 
 from mechanic_pytorch import _base, _buckets, _state, _steps
+from mechanic_pytorch._base import LrTimes
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch._state import TunerState
 from mechanic_pytorch.distributed import Spread, sum_over_processes
@@ -70,7 +71,12 @@ def check_can_grow(optimizer: Any) -> None:
 
 
 def frozen_step(
-    optimizer: Any, buckets: list[Bucket], spreads: Sequence[Spread], base_step: Callable[[], Any], loss: Any
+    optimizer: Any,
+    buckets: list[Bucket],
+    spreads: Sequence[Spread],
+    base_step: Callable[[], Any],
+    loss: Any,
+    lr_times: LrTimes,
 ) -> Any:
     """Make the base's step at lr times the frozen scale; return what it returns, or `loss` if it is skipped."""
     config = optimizer.mechanic_config
@@ -79,21 +85,23 @@ def frozen_step(
     skip, found_inf, we_skip = scale.new_zeros((), dtype=torch.bool), None, _steps.needs_us(optimizer, buckets)
     if config.skip_nonfinite:
         skip = _is_not_finite(optimizer, buckets, spreads, like=scale)
-        found_inf = skip if _base.skips_by_itself(optimizer) else None
     elif hasattr(optimizer, "found_inf"):
-        skip = optimizer.found_inf.to(scale.device) > 0
+        skip = optimizer.found_inf.to(scale.device).reshape(()) > 0
+    if config.skip_nonfinite or hasattr(optimizer, "found_inf"):
+        found_inf = skip if _base.skips_by_itself(optimizer) else None
     if _steps.is_left_out(optimizer, skip, we_skip):
         return loss
-    unasked = skip if we_skip and not _base.can_ask_host() else None
+    unasked = skip if we_skip and not _base.can_ask_host(optimizer) else None
     before = [[x.clone() for x in bucket.params] for bucket in buckets] if unasked is not None else []
     undone = _buckets.undone_where(unasked, optimizer, buckets, before)
     unseen, found = _state.unseen_by_base(optimizer.state), _base.found_inf(optimizer, found_inf)
-    frozen = [home[_state.FROZEN_SCALE] for home in _state.homes(optimizer)]
-    with undone, unseen, found, _base.lr_times(optimizer, _state.for_each_group(optimizer, frozen)):
+    lr = _base.largest_lr(optimizer, scale, lr_times.factors)
+    frozen = _state.for_each_group(optimizer, [home[_state.FROZEN_SCALE] for home in _state.homes(optimizer)])
+    lr_times.factors = [a * b for a, b in zip(lr_times.factors, frozen, strict=True)]
+    with undone, unseen, found, lr_times:
         loss = base_step()
-    _buckets.store(optimizer, buckets)
-    _state.note(optimizer, skip, unit=None, lr=_base.largest_lr(optimizer, scale), scale=scale)
-    _steps.count(optimizer, skip)
+    _buckets.commit(optimizer, buckets, _state.prepared(optimizer, None, skip, skip, unit=None, lr=lr, scale=scale))
+    _steps.report(optimizer, buckets)
     return loss
 
 

@@ -71,7 +71,8 @@ def step_and_move(
     for bucket, rule in zip(buckets, rules, strict=True):
         device = bucket.params[0].device
         found_inf = skip.to(device, torch.float32)
-        scaler = {"grad_scale": None if grad_scale is None else grad_scale.to(device), "found_inf": found_inf}
+        theirs = None if grad_scale is None else grad_scale.to(device).reshape(())
+        scaler = {"grad_scale": theirs, "found_inf": found_inf}
         if rule.steps:
             torch._foreach_add_(rule.steps, [1 - found_inf] * len(rule.steps))
         bucket.kernel.step_and_move(  # type: ignore[attr-defined]
@@ -86,7 +87,7 @@ def step_and_move(
 
 def _sgd(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
-    options = {**{name: group[name] for name in names}, "is_first_step": False}
+    options = {**_options(group, names), "is_first_step": False}
     keys = ["momentum_buffer"] if group["momentum"] else []
     if not all(state.get(key) is not None for state in states for key in keys):
         return None
@@ -103,7 +104,13 @@ def _adam(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[st
     if not all(key in state for state in states for key in keys):
         return None
     names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
-    options = {**{name: group[name] for name in names}, "beta1": beta1, "beta2": beta2}
+    options = {**_options(group, names), "beta1": beta1, "beta2": beta2}
     function = torch._fused_adamw_ if group.get("decoupled_weight_decay", base is AdamW) else torch._fused_adam_
     columns = [[local(state[key]) for state in states] for key in keys]
     return Rule(function, columns, 3 - len(keys), [state["step"] for state in states], options)
+
+
+def _options(group: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a group's options; the only tensor among them, an lr, may have any shape that holds one number."""
+    options = {name: group[name] for name in names}
+    return {name: value.reshape(()) if isinstance(value, Tensor) else value for name, value in options.items()}

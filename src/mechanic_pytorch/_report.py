@@ -64,7 +64,7 @@ class Record:
         return watched
 
     def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if can_ask_host():
+        if can_ask_host(optimizer):
             self._rows.add(lambda: (snapshot(optimizer), self._seen[0] if self._seen else None))
 
 

@@ -17,7 +17,8 @@ update and a gradient have come that are not zero, the scale is 0. Under a warm-
 
 **Time.** A step whose lr is the part w of the largest so far counts as the part w of a step: the tuner's new vectors
 are old + w * (new - old). At lr 0 nothing changes, and no schedule that ends can drive the scale. While the scale is
-searched for, until it has fallen to 3/4 of its largest, w is 1, because the schedule may be over soon.
+searched for, until it has fallen to 3/4 of its largest, w is 1, because the schedule may be over soon. And
+an lr that is more than twice the largest before it, as no warm-up is, lowers the scale by what is more.
 
 **Noise.** While lr is at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. Once lr
 falls, losses count half (`penalty`): the schedule will take noise out of the weights by itself, so the scale that pays
@@ -28,8 +29,9 @@ best at the moment is too small for the end.
 and noise of long ago, are forgotten slowly.
 
 **Falls.** A scale that has fallen to a tenth of its largest was wrong, or its bets were about another problem. It goes
-on from 2/10 of its largest, or 3/10 once lr falls, with vectors that have seen nothing; that is the new s_init. From
-then on half of the largest effective lr of before is a ceiling, which yields slowly: a step against it raises it by the
+on from 2/10 of its largest, or 3/10 once lr falls, with vectors that have seen nothing; that is the new s_init. If
+<D, g> there gets ten times as large as when it fell, the weights run away, and it falls again. From the first fall
+on half of the largest effective lr of before is a ceiling, which yields slowly: a step against it raises it by the
 part 1 / (steps since then). So what did harm once is not bet on again at once.
 
 **Bad batches.** A step is shortened in proportion if the longest gradient that a momentum may still hold, max(|g|,
@@ -38,14 +40,18 @@ part 1 / (steps since then). So what did harm once is not bet on again at once.
 docs/safety.md has what these constants were chosen on. With `per_group`, all of this is said of each parameter group by
 itself.
 
-Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8 little or nothing is left. A
-step therefore runs with every lr multiplied by one number, chosen before the first update such that the largest base lr
-becomes 1, and `scale` is given for the lr that the user sees.
+Rounding knows units, too: u is a difference of stored weights, so that of an lr of 1e-8, or of a gradient of 1e-8,
+little or nothing is left. So a base, if its updates are in proportion to lr, finds every lr multiplied by one number,
+and nobody else does. At first it is such that the largest lr becomes 1. A first update that is shorter than the
+weights, by more than half of their digits, is not used: the number grows and the next step tries again. Later it
+is changed by powers of two, which round nothing: once, until the first update would be as long as the weights, if
+more than a quarter of its digits are lost; and whenever lr grows past what it promised to be. `scale` is given for
+the lr that the user sees.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -54,10 +60,10 @@ import torch
 from torch import Tensor
 
 from mechanic_pytorch import _state
-from mechanic_pytorch._base import can_ask_host, lr_times, lrs
+from mechanic_pytorch._base import can_ask_host, lrs
 from mechanic_pytorch._buckets import Bucket
-from mechanic_pytorch._control import bounded
-from mechanic_pytorch._state import LR_FACTOR, REFERENCE, UNIT, TunerState
+from mechanic_pytorch._control import NOT_IN_PROPORTION, bounded
+from mechanic_pytorch._state import LR_FACTOR, LR_LIMIT, UNIT, TunerState
 from mechanic_pytorch.distributed import Spread, sum_over_processes
 
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
@@ -65,11 +71,14 @@ LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is m
 PENALTY = 0.5  # what a step that lost counts, against one that gained, once lr falls; before, 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
 LOST = 0.1  # of its largest: where a scale was wrong
+FASTEST = 2.0  # by how much a largest lr of the search may exceed that before it; by more, it is lowered
+RUNAWAY = 10.0  # times the loss of the last time, from which on the least scale was wrong, too
 REGAINED, REGAINED_FALLING = 0.2, 0.3  # of its largest, where it then goes on
 CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
 FOLLOW, FOLLOW_FALLING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
+MOST = 2.0**60  # the largest lr that a base is given
 MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
 
 
@@ -96,29 +105,58 @@ class Memory(NamedTuple):
     momentum: Tensor  # the longest |g| that the base may still hold
     loudest: Tensor  # the largest effective lr since the scale was last learned anew
     ceiling: Tensor  # of the effective lr; 0 if there is none
-
-
-def at_lr_one(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a step find every lr multiplied by one number."""
-
-    @functools.wraps(step)
-    def run(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        with lr_times(optimizer, lr_factors(optimizer)):
-            return step(optimizer, *args, **kwargs)
-
-    return run
+    loss: Tensor  # <D, g> where the scale was lost last; 0 if it gained there, or never was
 
 
 def lr_factors(optimizer: Any) -> list[float]:
-    """Return the number by which the lr of each group is multiplied in a step, 1 without `s_init="auto"`."""
-    if optimizer.mechanic_config.s_init == "auto" and not optimizer._start_is_known and can_ask_host():
-        for home, groups in _state.tuners(optimizer):
-            if not any(REFERENCE in optimizer.state.get(p, {}) for group in groups for p in group["params"]):
-                highest = max(lrs(groups, "initial_lr"))
-                factor = 1 / highest if highest else 1.0
-                home[LR_FACTOR] = factor if 0 < factor < math.inf else 1.0
+    """Return the number by which the base's lr of each group is multiplied in a step, 1 without `s_init="auto"`.
+
+    Asks the host until every tuner has its first scale. Then it looks at lrs alone, and not at those that are tensors.
+    """
+    if optimizer.mechanic_config.s_init == "auto" and can_ask_host(optimizer):
+        _state.attach_tuner(optimizer)
+        seeks = not optimizer._start_is_known
+        rows = _state.read(optimizer, UNIT).reshape(-1, _state.UNIT_SIZE).tolist() if seeks else []
+        for (home, groups), row in itertools.zip_longest(_state.tuners(optimizer), rows):
+            if not isinstance(optimizer, NOT_IN_PROPORTION):
+                _choose_factor(home, groups, row and Memory(*row))
+        optimizer._start_is_known = not seeks or all(Memory(*row).pace > 0 for row in rows)
     factors = [float(home.get(LR_FACTOR, 1.0)) for home in _state.homes(optimizer)]
     return _state.for_each_group(optimizer, factors)
+
+
+def _choose_factor(home: dict[str, Any], groups: Sequence[dict[str, Any]], memory: Any) -> None:
+    """Choose by what the base's lr is multiplied, such that no update is lost in rounding, and none overflows."""
+    limit = home[LR_LIMIT]
+    if memory and memory.highest == 0:  # nothing has been seen
+        factor = 1 / (max(lrs(groups, "initial_lr")) or 1.0)
+        home[LR_FACTOR] = factor if 0 < factor < math.inf else 1.0
+    elif memory and limit < 0:
+        precision, most = _rounding(groups)
+        if memory.pace:
+            ratio, limit = memory.pace * memory.highest / memory.longest, -limit
+        else:
+            ratio = memory.loudest  # of an update that was too short, 0 if there was none; see `begin`
+            home[UNIT][Memory._fields.index("loudest")] = 0.0
+        bits = math.ceil(-math.log2(max(ratio, precision))) if ratio else 0
+        if ratio >= precision**0.25:
+            bits = min(bits, 0)  # it has three quarters of its digits
+        factor = 2.0 ** max(bits, -math.log2(abs(limit)))
+        if abs(limit) * factor <= most:
+            _state.rescale(home, factor)
+            limit *= factor
+        home[LR_LIMIT] = limit
+    if not any(isinstance(group.get("lr"), Tensor) for group in groups):
+        excess = max(lrs(groups)) * home[LR_FACTOR] / abs(home[LR_LIMIT])
+        if excess > 1 / LOWER:  # lr is larger than it promised to be
+            _state.rescale(home, 2.0 ** -math.ceil(math.log2(excess)))
+
+
+def _rounding(groups: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Return the coarsest spacing at 1 of these groups' weights, and the largest lr that a base may be given."""
+    dtypes = {p.dtype for group in groups for p in group["params"] if p.dtype.is_floating_point or p.is_complex()}
+    kinds = [torch.finfo(dtype) for dtype in dtypes or {torch.float32}]
+    return max(kind.eps for kind in kinds), min(MOST, *(kind.max / 2**4 for kind in kinds))
 
 
 def read(optimizer: Any) -> Memory:
@@ -126,15 +164,8 @@ def read(optimizer: Any) -> Memory:
     return Memory(*_state.read(optimizer, UNIT).unbind(-1))
 
 
-def is_known(optimizer: Any) -> bool:
-    """Return True if every tuner has had its first scale; asked of the host until it is so."""
-    if not optimizer._start_is_known and can_ask_host():
-        optimizer._start_is_known = bool((read(optimizer).pace > 0).all())
-    return bool(optimizer._start_is_known)
-
-
 def together(memory: Memory | None) -> Tensor | None:
-    """Return it as it is stored, shape (..., 10)."""
+    """Return it as it is stored, shape (..., 11)."""
     return None if memory is None else torch.stack(memory, -1)
 
 
@@ -153,8 +184,8 @@ def learn(
     config, limit = optimizer.mechanic_config, scale_limit(optimizer, lr)
     if config.s_init != "auto":
         return bounded(tune(old, dots, config), limit), None, None, None
-    memory, sums, numbers, length = bet(old, read(optimizer), dots, lr, config.betas, config.s_decay)
-    new, memory, part = settle(old, bounded(tune(old, sums, numbers), limit), memory, lr)
+    old, memory, sums, numbers, length = bet(old, read(optimizer), dots, lr, config.betas, config.s_decay)
+    new, memory, part = settle(old, bounded(tune(old, sums, numbers), limit), memory, lr, dots[..., 0])
     return bounded(new, limit), memory, length, part
 
 
@@ -206,13 +237,26 @@ def begin(
     pace, length = u_norm / lr, torch.where(x > 0, x, 1.0)
     floor = RELATIVE * length / pace
     scale = floor / memory.highest
-    begins = (memory.pace == 0) & (pace > 0) & (g > 0) & torch.stack([pace, g, x, scale]).isfinite().all(0)
+    ratio = pace * memory.highest / length
+    seeks = (memory.pace == 0) & (g > 0) & torch.stack([pace, g, x]).isfinite().all(0)
+    begins = seeks & (pace > 0) & scale.isfinite() & (ratio >= _least_ratio(optimizer, like=ratio))
     none = torch.zeros_like(g)
-    first = Memory(pace, length, memory.highest, floor, scale, none, g, g, none, none)
+    memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
+    first = Memory(pace, length, memory.highest, floor, scale, none, g, g, none, none, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     share = (scale / state.scales.shape[-1]).unsqueeze(-1)
     state = state._replace(scales=torch.where(begins.unsqueeze(-1), share, state.scales))
     return bounded(state, scale_limit(optimizer, lr)), memory
+
+
+def _least_ratio(optimizer: Any, like: Tensor) -> Tensor:
+    """Return how long the first update has to be, in lengths of the weights, for half of its digits to be there."""
+    least = []
+    for home, groups in _state.tuners(optimizer):
+        precision, most = _rounding(groups)
+        can_grow = can_ask_host(optimizer) and not isinstance(optimizer, NOT_IN_PROPORTION)
+        least.append(math.sqrt(precision) if can_grow and abs(home[LR_LIMIT]) / precision <= most else 0.0)
+    return like.new_tensor(least).reshape(like.shape)
 
 
 def falls(memory: Memory, lr: float | Tensor) -> Tensor:
@@ -222,8 +266,8 @@ def falls(memory: Memory, lr: float | Tensor) -> Tensor:
 
 def bet(
     state: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
-) -> tuple[Memory, Tensor, Numbers, Tensor]:
-    """Return what `tune` needs: the memory of now, the four sums of delta = D / S, the options, and how long a step is.
+) -> tuple[TunerState, Memory, Tensor, Numbers, Tensor]:
+    """Return what `tune` needs: vectors and memory of now, the four sums of D / S, the options, how long a step is.
 
     Args:
         state: the vectors, shape (..., n).
@@ -233,23 +277,30 @@ def bet(
         betas: of the options.
         s_decay: of the options.
     """
+    is_jump = (memory.age == 0) & (memory.pace > 0) & (lr > FASTEST * memory.highest)
+    jump = torch.where(is_jump, FASTEST * memory.highest / lr, 1.0)
+    state = state._replace(reward=jump.unsqueeze(-1) * state.reward, scales=jump.unsqueeze(-1) * state.scales)
     scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
     is_known = (memory.pace > 0) & (scale > 0)
     held = torch.maximum(g, MOMENTUM * memory.momentum)
     shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
-    memory = memory._replace(highest=highest, longest=longest, gradient=gradient, momentum=held)
+    memory = memory._replace(
+        highest=highest, longest=longest, gradient=gradient, momentum=held, peak=jump * memory.peak
+    )
     by = torch.where(is_known, shortened / scale, 0.0)
     sums = dots * torch.stack([by, by, torch.ones_like(by), torch.ones_like(by)], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor / highest, 0.0)
     penalty = torch.where(falls(memory, lr), PENALTY, 1.0).to(decay)
     options = Numbers(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, penalty.unsqueeze(-1))
-    return memory, sums, options, shortened
+    return state, memory, sums, options, shortened
 
 
-def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor) -> tuple[TunerState, Memory, Tensor]:
+def settle(
+    old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor, loss: Tensor
+) -> tuple[TunerState, Memory, Tensor]:
     """Return the tuner after a step, what is remembered, and by what part of D x_ref follows the weights.
 
     Args:
@@ -257,6 +308,7 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
         new: what `tune` has made of them.
         memory: as `bet` returns it.
         lr: the largest of this step's.
+        loss: <D, g>, shape (...).
     """
     tiny = torch.finfo(memory.highest.dtype).tiny
     time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
@@ -272,7 +324,9 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
     scale = factor * scale
     loudest = torch.maximum(memory.loudest, lr * scale)
 
-    is_lost = scale < LOST * memory.peak
+    is_least = scale * memory.highest * LOWER <= memory.floor
+    runs_away = is_least & (memory.loss > 0) & (loss > RUNAWAY * memory.loss)
+    is_lost = (scale < LOST * memory.peak) | runs_away
     is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
     falling = falls(memory, lr).to(scale)
     regained = memory.peak * (REGAINED + falling * (REGAINED_FALLING - REGAINED))
@@ -292,5 +346,6 @@ def settle(old: TunerState, new: TunerState, memory: Memory, lr: float | Tensor)
         age=torch.where(is_found, age, 0.0),
         loudest=torch.where(is_lost, 0.0, loudest),
         ceiling=torch.where(is_lost, lower, ceiling),
+        loss=torch.where(is_lost, loss.clamp_min(0.0), memory.loss),
     )
     return new, memory, follow

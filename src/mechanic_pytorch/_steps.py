@@ -1,4 +1,4 @@
-"""Steps: which are left out, how many there were, and when one is logged."""
+"""Steps: which are left out, and when one is logged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mechanic_pytorch import _base, _state, _warnings
@@ -16,24 +17,25 @@ def needs_us(optimizer: Any, buckets: Sequence[Bucket]) -> bool:
     """Tell whether it is up to us, not to the base, to leave a step out."""
     # Even a base that skips by itself creates state at its first step, and not always with defined values.
     base_skips = _base.skips_by_itself(optimizer) and not any(bucket.is_new for bucket in buckets)
-    return bool(optimizer.mechanic_config.skip_nonfinite) and not base_skips
+    return bool(optimizer.mechanic_config.skip_nonfinite) and not base_skips and _base.has_values(optimizer)
 
 
 def is_left_out(optimizer: Any, skip: Tensor, we_skip: bool) -> bool:
     """Ask the host, if it can be asked, whether to leave this step out, and count it if so."""
-    if not (we_skip and _base.can_ask_host() and skip.item()):
+    if not (we_skip and _base.can_ask_host(optimizer) and skip.item()):
         optimizer._skips_in_a_row = 0
         return False
-    count(optimizer, skip)
+    counts = [optimizer.param_groups[0][key] for key in (_state.STEPS, _state.SKIPPED_STEPS)]
+    torch._foreach_add_(counts, 1)
+    report(optimizer, [])
     _warnings.warn_if_stuck(optimizer)
     return True
 
 
-def count(optimizer: Any, skip: Tensor) -> None:
-    """Count a step, and whether it was skipped; log it if its turn has come."""
+def report(optimizer: Any, buckets: list[Bucket]) -> None:
+    """Watch the scale after a step, and log it if its turn has come."""
+    _warnings.warn_of_new_shapes(optimizer, buckets)
     home, config = optimizer.param_groups[0], optimizer.mechanic_config
-    home[_state.STEPS].add_(1)
-    home[_state.SKIPPED_STEPS].add_(skip)
     if not _state.is_frozen(optimizer):
         _warnings.watch(optimizer)
     if not config.log_every:

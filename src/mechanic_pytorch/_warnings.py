@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mechanic_pytorch import _state
 from mechanic_pytorch._base import can_ask_host, lrs
-from mechanic_pytorch._buckets import Bucket
+from mechanic_pytorch._state import SLOTS
+from mechanic_pytorch.distributed import local
+
+if TYPE_CHECKING:
+    from mechanic_pytorch._buckets import Bucket
 
 PATIENCE = 15  # steps that a base may take before its first update: SOAP needs one, others ten
+# How the classes of bases begin that learn a rate by themselves, or hold the weights at a length of their own.
+OWN_RATE = ("dadapt", "prodigy", "dog", "ldog", "dowg", "cocob", "automagic", "schedulefree", "fromage", "nero", "amos")
 LOST = 0.9  # the part of an update whose loss is worth a warning
 STUCK = 50  # skipped steps in a row
 NOTHING_SEEN = (0, 500)  # steps watched, and how many there are to be before the next look at the scale
@@ -18,39 +26,89 @@ GROWTH = 10  # times s_init: what a scale exceeds by then that has begun to grow
 HELD_BACK = 0.5  # s_decay * scale: the length of the tuner's pull, that of the gradient being 1
 
 
+def check_that_base_fits(optimizer: Any) -> None:
+    """Warn, at a first step, if the base is known for steps that are not in proportion to its lr, or on a manifold."""
+    base = optimizer._mechanic_made_from[1]
+    names = [kind.__name__.lower().replace("_", "") for kind in base.__mro__]
+    if any(name.startswith(OWN_RATE) for name in names):
+        _warn(
+            optimizer,
+            f"{base.__name__} has a rate, a length or an average of its own, which steps at a learned scale upset. "
+            f"Remedy: use {base.__name__} as it is, with the lr that its authors advise; or mechanize a base whose "
+            "steps are in proportion to its lr, such as AdamW.",
+        )
+    elif any(getattr(p, "manifold", None) is not None for group in optimizer.param_groups for p in group["params"]):
+        _warn(
+            optimizer,
+            "some parameters belong to a manifold, which a rescaled step leaves. "
+            f"Remedy: give them to {base.__name__} as it is, and the others to a mechanized one.",
+        )
+
+
 def check_that_base_moved(optimizer: Any, buckets: list[Bucket]) -> None:
     """Warn if rounding has swallowed the base's first update. Asked until one was due, and then never again."""
-    highest = max(lrs(optimizer.param_groups))
-    if highest == 0:
-        return  # warm-up from zero
-    moved = active = 0
-    for bucket in buckets:
-        moved += bucket.count_moved()
-        active += sum(int(g.count_nonzero()) for g in bucket.grads)
+    resting = {p for g in optimizer.param_groups if lrs([g]) == [0] for p in g["params"]}
+    grads = [g for bucket in buckets for p, g in zip(bucket.owners, bucket.grads, strict=True) if p not in resting]
+    active = sum(int(g.count_nonzero()) for g in grads)
     if active == 0:
-        return  # nothing to follow
+        return  # nothing to follow, or a warm-up from zero
+    moved = sum(bucket.count_moved() for bucket in buckets)
     optimizer._steps_without_move += moved == 0
     if moved == 0 and optimizer._steps_without_move <= PATIENCE:
         return
     optimizer._base_has_moved = True
-    if moved == 0 or (moved < (1 - LOST) * active and highest < 1):
+    if moved < (1 - LOST) * active:
+        is_auto = optimizer.mechanic_config.s_init == "auto"
+        larger = "" if is_auto else 'pass s_init="auto", or a larger lr, for which the scale makes up; or '
         _warn(
             optimizer,
             f"the base optimizer's update changed only {moved} of {active} weights that have a gradient; the rest of "
-            "it was lost in rounding, and a lost update cannot be rescaled. "
-            f"Got lr={lrs(optimizer.param_groups)}. Remedy: pass lr=1.0, or larger; Mechanic finds the scale.",
+            f"it was lost in rounding, and a lost update cannot be rescaled. Got lr={lrs(optimizer.param_groups)}. "
+            f"Remedy: {larger}use weights in float32, a base whose updates do not shrink with the gradient (Adam), "
+            "and fused=False on a CPU, where torch's fused SGD leaves 16-bit weights where they are.",
         )
+
+
+def warn_of_new_shapes(optimizer: Any, buckets: list[Bucket]) -> None:
+    """Say, once, that a parameter was exchanged for one of another shape: points were added, or pruned."""
+    if optimizer._new_shape_was_said or not any(bucket.has_new_shapes for bucket in buckets):
+        return
+    optimizer._new_shape_was_said = True
+    _warn(
+        optimizer,
+        "a parameter comes with the tuner's tensors of another shape. They begin anew from the weights as they are "
+        "now; the scale is kept. Remedy: none is needed where points or rows were added or "
+        "pruned; to keep their way, treat the keys 'mechanic_...' of optimizer.state[p] as those of the base.",
+    )
 
 
 def warn_if_stuck(optimizer: Any) -> None:
     """Warn if no step has been made for long."""
     optimizer._skips_in_a_row += 1
-    if optimizer._skips_in_a_row == STUCK:
-        _warn(
-            optimizer,
-            f"the last {STUCK} steps were skipped, for a gradient, a weight or the sum of updates is not finite. "
-            "Remedy: look for inf or nan in them; once mended, call optimizer.reset().",
-        )
+    if optimizer._skips_in_a_row != STUCK:
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kinds = {
+        "a gradient": [p.grad for p in params if p.grad is not None],
+        "a weight": params,
+        "what is kept of the run": [t for p in params for k, t in optimizer.state.get(p, {}).items() if k in SLOTS],
+    }
+    found = [name for name, tensors in kinds.items() if not all(_is_finite(tensor) for tensor in tensors)]
+    if found:
+        reason = f"for {' and '.join(found)} is not finite"
+        remedy = "look for inf or nan there; once mended, call optimizer.reset()"
+    elif getattr(optimizer, "found_inf", None) is not None:
+        reason = "for the GradScaler has found an overflow, or another process has"
+        remedy = "look for inf or nan in the gradients of all processes"
+    else:
+        reason = "for a square overflows: all numbers are finite, but the gradients or the weights are as long as 1e19"
+        remedy = "scale the data or the loss down, then call optimizer.reset()"
+    _warn(optimizer, f"the last {STUCK} steps were skipped, {reason}. Remedy: {remedy}.")
+
+
+def _is_finite(tensor: Any) -> bool:
+    values = local(tensor.detach())
+    return bool((values if values.layout is torch.strided else values._values()).isfinite().all())
 
 
 def watch(optimizer: Any) -> None:
@@ -59,7 +117,7 @@ def watch(optimizer: Any) -> None:
     Of several tuners, those of parameter groups that never had a gradient, or an lr, may wait as long as others learn.
     The host reads the scale after 500 steps, 1000, 2000 and so on, until it has warned; never while a step is recorded.
     """
-    if not can_ask_host():
+    if not can_ask_host(optimizer):
         return
     steps, next_look = optimizer._watched[0] + 1, optimizer._watched[1]
     optimizer._watched = steps, next_look

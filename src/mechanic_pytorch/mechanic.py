@@ -165,14 +165,15 @@ class Mechanic(Optimizer):
     found_inf: Tensor  # there only while a GradScaler, or our own step, tells the base whether to skip
     _base_has_moved = False
     _start_is_known = False
+    _homes: Sequence[dict[str, Any]] = ()  # the parameter groups that held a tuner last
     _steps_without_move = 0
     _skips_in_a_row = 0
     _watched = _warnings.NOTHING_SEEN
     _log_count: int | None = None
     _options_compared = False
+    _new_shape_was_said = False
 
     @torch.no_grad()
-    @_start.at_lr_one
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Take one step of the base optimizer, rescaled.
 
@@ -191,24 +192,27 @@ class Mechanic(Optimizer):
         on a CPU: there an interrupt (Ctrl-C) in the middle of a step may find some weights stepped and others not, as
         with the plain ones.
         """
-        loss, replay = _base.first_evaluation(closure) if closure is not None else (None, None)
+        lr_times = _base.LrTimes(self)
+        loss, replay = _base.first_evaluation(closure, lr_times) if closure is not None else (None, None)
         config = self.mechanic_config
         buckets, spreads = _buckets.collect(self)
         if not buckets and not any(spreads):
             _warnings.watch(self)
             return loss
-        seeks = config.s_init == "auto" and not _start.is_known(self)  # its first scale
+        lr_times.factors = _start.lr_factors(self)
+        seeks = config.s_init == "auto" and not self._start_is_known  # its first scale
         begins = seeks or any(bucket.is_new for bucket in buckets)
         if torch.compiler.is_compiling() and begins:
             return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
         inputs = args if closure is None else (replay, *args)
         base_step = partial(_base.unwrapped_step(self, Mechanic), self, *inputs, **kwargs)
         if _state.is_frozen(self):
-            return _control.frozen_step(self, buckets, spreads, base_step, loss)
+            return _control.frozen_step(self, buckets, spreads, base_step, loss, lr_times)
 
         # Measure.
         old = _state.read_tuner(self)
         if not self._options_compared:
+            _warnings.check_that_base_fits(self)
             params = (p for group in self.param_groups for p in group["params"])
             check_parts(type(self).__name__, params, config.process_group)
             check_agreement(
@@ -217,8 +221,9 @@ class Mechanic(Optimizer):
                 spreads,
             )
             self._options_compared = True
-        asks, base_skips = _base.can_ask_host(), _base.skips_by_itself(self)
-        rules = _fused.rules_of(self, buckets) if base_skips and not seeks else None
+        asks, base_skips = _base.can_ask_host(self), _base.skips_by_itself(self)
+        with lr_times:
+            rules = _fused.rules_of(self, buckets) if base_skips and not seeks else None
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(*old.scales.shape[:-1], 4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
@@ -228,7 +233,7 @@ class Mechanic(Optimizer):
         dots = sum_over_processes(parts, spreads)
 
         # Tune.
-        lr = _base.largest_lr(self, dots)
+        lr = _base.largest_lr(self, dots, lr_times.factors)
         new, memory, length, part = _start.learn(self, old, dots, lr, tune)
         skip = torch.stack(new).isfinite().all().logical_not()
         we_skip = _steps.needs_us(self, buckets)
@@ -246,17 +251,18 @@ class Mechanic(Optimizer):
             evaluates_again = closure is not None and _base.requires_closure(base_step.func)
             with _buckets.undone_on_error(self, buckets, before, whole_state=evaluates_again):
                 undone = _buckets.undone_where(skip if we_skip and not asks else None, self, buckets, before)
-                with undone, _state.unseen_by_base(self.state), _base.found_inf(self, skip if base_skips else None):
+                found_inf = _base.found_inf(self, skip if base_skips else None)
+                with undone, _state.unseen_by_base(self.state), found_inf, lr_times:
                     loss = base_step()
                 if seeks and memory is not None:
                     new, memory = _start.begin(self, buckets, before, spreads, new, memory, dots, lr)
                 _buckets.move(buckets, before, _start.scales(old, new, length, part))
         if asks and not self._base_has_moved and not skip.item():
             _warnings.check_that_base_moved(self, buckets)
-        _buckets.store(self, buckets)
-        _state.write_tuner(self, new)
-        _state.note(self, left_out, unit=_start.together(memory), lr=lr, scale=new.scales.sum(-1))
-        _steps.count(self, skip)
+        unit, scale = _start.together(memory), new.scales.sum(-1)
+        write = _state.prepared(self, new, left_out, skip, unit=unit, lr=lr, scale=scale)
+        _buckets.commit(self, buckets, write)
+        _steps.report(self, buckets)
         return loss
 
     @property
@@ -270,6 +276,7 @@ class Mechanic(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite. Reading it copies to the host."""
+        _state.attach_tuner(self)
         return int(self.param_groups[0][_state.SKIPPED_STEPS])
 
     def effective_lr(self) -> list[float]:
@@ -367,31 +374,39 @@ class Mechanic(Optimizer):
             raise
         _state.attach_tuner(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return a checkpoint, as `torch.optim.Optimizer.state_dict` does."""
+        _state.attach_tuner(self)  # groups may have been changed since the last step
+        return super().state_dict()
+
+    def load_state_dict(
+        self, state_dict: dict[str, Any], *args: Any, tuner: Literal["saved", "fresh"] = "saved", **kwargs: Any
+    ) -> None:
         """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict` does.
 
         A checkpoint of the plain base loads too: the tuner then starts afresh. It brings the plain learning rate; set
         each group's "lr" back to 1.0 afterwards. Further arguments are passed on to the base.
 
+        Args:
+            state_dict: the checkpoint.
+            *args: passed on to the base.
+            tuner: "fresh" keeps all of a checkpoint but what was learned by the tuner, which starts again: for other
+                options than those it was saved with.
+            **kwargs: passed on to the base.
+
         Raises:
-            ValueError: the checkpoint does not fit, or its tuner has another number of betas or another `per_group`.
-                Nothing is changed.
+            ValueError: the checkpoint does not fit: its tuner has another number of betas, another kind of s_init or
+                another `per_group`, or it holds what no run can have written. Nothing is changed.
+
+        Example:
+            >>> import torch
+            >>> from mechanic_pytorch import mechanize
+            >>> params = [torch.zeros(3, requires_grad=True)]
+            >>> saved = mechanize(torch.optim.SGD, s_init=1e-8)(params, lr=1.0).state_dict()
+            >>> mechanize(torch.optim.SGD, s_init="auto")(params, lr=1.0).load_state_dict(saved, tuner="fresh")
         """
-        state_dict = _state.with_whole_tuner(state_dict)
-        after_hooks = [state_dict]
-
-        def see(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-            _state.check_loadable(self, loaded)
-            after_hooks.append(loaded)
-
-        see(self, state_dict)  # for a base that loads without calling hooks
-        handle = self.register_load_state_dict_pre_hook(see)  # the last hook: it sees what the others made
-        try:
-            super().load_state_dict(state_dict, *args, **kwargs)
-        finally:
-            handle.remove()
-        _state.restore_uncast(self, after_hooks[-1])
-        _state.attach_tuner(self)
+        with _state.checked(self, state_dict, tuner) as fitting:
+            super().load_state_dict(fitting, *args, **kwargs)
         self._log_count = None
         self._start_is_known = False
 

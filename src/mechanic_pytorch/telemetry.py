@@ -141,7 +141,7 @@ class Trace:
     def __init__(self, optimizer: object, capacity: int = 1000) -> None:
         self._rows: Series[Snapshot] = Series(capacity)
         inner = _mechanized(optimizer)
-        inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if _base.can_ask_host() else None)
+        inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if _base.can_ask_host(stepped) else None)
 
     def record(self, optimizer: object) -> None:
         """Take in the present state. Steps do so by themselves, unless they are compiled or in a CUDA graph."""
@@ -208,6 +208,7 @@ def snapshot(optimizer: object) -> Snapshot:
         TypeError: it is not mechanized.
     """
     inner = _mechanized(optimizer)
+    _state.attach_tuner(inner)
     device = inner.param_groups[0][_state.STEPS].device
     groups: list[dict[str, Any]] = []
     parts = []

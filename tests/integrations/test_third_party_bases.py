@@ -30,6 +30,7 @@ from mechanic_pytorch import Mechanic, is_mechanized, mechanize
 from problems import full_loss, loss_of, mlp, train
 
 STEPS = 12
+pytestmark = pytest.mark.filterwarnings("ignore:.*an average of its own:UserWarning")  # of ScheduleFree...
 
 
 def wide():

@@ -1,0 +1,129 @@
+"""An error or an interrupt (Ctrl-C) anywhere in a step: afterwards it is as if the step had not been asked for."""
+
+import copy
+
+import pytest
+import torch
+
+from mechanic_pytorch import _start, _state, kernels, mechanic, mechanize
+from problems import full_loss, mlp, train
+from test_resume import assert_identical
+
+OPTIONS = {
+    "auto": {"s_init": "auto"},
+    "number": {"s_init": 1e-4},
+    "auto, per group": {"s_init": "auto", "per_group": True},
+    "number, per group": {"s_init": 1e-4, "per_group": True},
+}
+
+
+class Flaky(torch.optim.AdamW):
+    """Raises once, at the call that is asked for, before its own step or after it."""
+
+    when, calls = (0, "before"), 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        for moment in ("before", "after"):
+            if moment == "after":
+                super().step(closure)
+            if self.when == (self.calls, moment):
+                raise KeyboardInterrupt
+
+
+def build(base, options, **base_options):
+    model = mlp()
+    layers = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    return model, mechanize(base, **options)(layers, lr=1.0, **base_options)
+
+
+def ours(model, optimizer):
+    """Return the weights, and all that the tuner keeps."""
+    state = optimizer.state_dict()
+    kept = {i: {k: v for k, v in s.items() if k in _state.PER_PARAMETER} for i, s in state["state"].items()}
+    return copy.deepcopy([model.state_dict(), {i: s for i, s in kept.items() if s}, state["param_groups"]])
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("when", [1, 2, 3, 4, 5, 30])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_base_raises(options, when, moment):
+    """The moments of Adam are its own: one that raises after its step has counted the gradient."""
+    model, optimizer = build(Flaky, OPTIONS[options])
+    optimizer.when = (when, moment)
+    train(model, optimizer, when - 1)
+    before = ours(model, optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, 1, first=when - 1)
+    after = ours(model, optimizer)
+    assert_identical(after[:2], before[:2])
+    if when > 2:  # until then, the factor of lr is being chosen
+        assert_identical(after[2], before[2])
+    train(model, optimizer, 200, first=when)
+    assert full_loss(model) < 0.25
+    assert (optimizer.scale > 1e-3).all()
+
+
+POINTS = {
+    "measure": (kernels, "select"),
+    "sums": (mechanic, "sum_over_processes"),
+    "tune": (mechanic, "tune"),
+    "start": (_start, "learn"),
+    "move": (mechanic._buckets, "move"),
+    "fused": (mechanic._fused, "step_and_move"),
+}
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 5])
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("options", ["auto", "number, per group"])
+def test_any_part_of_a_step_raises(options, point, when, monkeypatch):
+    """The part begins with an error: what came before it is undone."""
+    model, optimizer = build(torch.optim.AdamW, OPTIONS[options], fused=point == "fused")
+    train(model, optimizer, when - 1)
+    before = ours(model, optimizer)
+    place, name = POINTS[point]
+    with monkeypatch.context() as broken:
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        broken.setattr(place, name, interrupted)
+        if point == "fused" and when < 3:
+            return  # the base makes its first steps by itself
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, 1, first=when - 1)
+    after = ours(model, optimizer)
+    assert_identical(after[0], before[0])
+    assert_identical(after[1], before[1])
+    train(model, optimizer, 150, first=when - 1)
+    assert full_loss(model) < 0.4
+    assert (optimizer.scale > 1e-3).all()
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 5])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_step_whose_weights_have_moved_is_finished(options, when, monkeypatch):
+    """An interrupt while it is written down: the step is made, to the bit, and the error comes all the same."""
+    runs = []
+    for is_interrupted in (False, True):
+        model, optimizer = build(torch.optim.AdamW, OPTIONS[options])
+        train(model, optimizer, when - 1)
+        with monkeypatch.context() as broken:
+            if is_interrupted:
+                store, calls = mechanic._buckets._store, []
+
+                def interrupted(*args, store=store, calls=calls):
+                    calls.append(None)
+                    store(*args)
+                    if len(calls) == 1:
+                        raise KeyboardInterrupt
+
+                broken.setattr(mechanic._buckets, "_store", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    train(model, optimizer, 1, first=when - 1)
+            else:
+                train(model, optimizer, 1, first=when - 1)
+        train(model, optimizer, 3, first=when)
+        runs.append([model.state_dict(), optimizer.state_dict()])
+    assert_identical(runs[1], runs[0])
