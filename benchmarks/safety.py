@@ -408,6 +408,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
     arguments.add_argument("--quick", action="store_true", help="a handful of rows, one seed")
+    arguments.add_argument("--only", choices=("schedules", "disturbances"), help="of the two tables")
     arguments.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="of the schedules' table")
     arguments.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (%(default)s)")
     options = arguments.parse_args()
@@ -415,21 +416,24 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = range(1 if options.quick else options.seeds)
 
-    runs, rows = {}, []
-    for row in QUICK if options.quick else [row for row in ROWS if row.base in options.bases]:
-        runs[row] = compare(row, seeds)
-        rows.append(tell(cells(row, runs[row])))
-    head = ["base", "weight decay", "schedule", "final loss / tuned", "late spike / tuned", "moved at lr 0"]
-    made = {"schedules": markdown_table(head, rows), "summary": summary(runs)}
-
-    names = QUICK_DISTURBANCES if options.quick else DISTURBANCES
-    rows = [tell(disturbed_cells(name, base, seeds)) for name in names for base in DISTURBED]
-    head = ["disturbance", "base", "loss, plain tuned", '`s_init="auto"`', "`s_init=1e-8`"]
-    made["disturbances"] = markdown_table(head, rows)
-    made["origin"] = (
+    origin = (
         f"<sub>`python -m benchmarks.safety {' '.join(sys.argv[1:])}`, "
         f"{f'means of {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}; {setting()}</sub>"
     )
+
+    made = {}
+    if options.only != "disturbances":
+        runs, rows = {}, []
+        for row in QUICK if options.quick else [row for row in ROWS if row.base in options.bases]:
+            runs[row] = compare(row, seeds)
+            rows.append(tell(cells(row, runs[row])))
+        head = ["base", "weight decay", "schedule", "final loss / tuned", "late spike / tuned", "moved at lr 0"]
+        made |= {"schedules": f"{markdown_table(head, rows)}\n\n{origin}", "summary": summary(runs)}
+    if options.only != "schedules":
+        names = QUICK_DISTURBANCES if options.quick else DISTURBANCES
+        rows = [tell(disturbed_cells(name, base, seeds)) for name in names for base in DISTURBED]
+        head = ["disturbance", "base", "loss, plain tuned", '`s_init="auto"`', "`s_init=1e-8`"]
+        made["disturbances"] = f"{markdown_table(head, rows)}\n\n{origin}"
     print_or_fill(options.fill, "safety", made)
 
 
