@@ -1,6 +1,7 @@
 """An error or an interrupt (Ctrl-C) anywhere in a step: afterwards it is as if the step had not been asked for."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -127,3 +128,18 @@ def test_a_step_whose_weights_have_moved_is_finished(options, when, monkeypatch)
         train(model, optimizer, 3, first=when)
         runs.append([model.state_dict(), optimizer.state_dict()])
     assert_identical(runs[1], runs[0])
+
+
+def test_a_warning_that_is_made_an_error_comes_after_the_step():
+    """Of a hundred weights, rounding leaves all but five where they are."""
+    p = torch.full((100,), 1.0).index_fill(0, torch.arange(5), 1e-12).requires_grad_()
+    optimizer = mechanize(torch.optim.SGD, s_init=1e-3)([p], lr=1e-9)
+    p.grad = torch.ones(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="lost in rounding"):
+            optimizer.step()
+        assert optimizer.param_groups[0]["mechanic_steps"] == 1
+        assert optimizer.state[p]["mechanic_delta"].count_nonzero() == 5
+        optimizer.step()
+    assert optimizer.param_groups[0]["mechanic_steps"] == 2

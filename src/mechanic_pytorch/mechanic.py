@@ -257,11 +257,11 @@ class Mechanic(Optimizer):
                 if seeks and memory is not None:
                     new, memory = _start.begin(self, buckets, before, spreads, new, memory, dots, lr)
                 _buckets.move(buckets, before, _start.scales(old, new, length, part))
-        if asks and not self._base_has_moved and not skip.item():
-            _warnings.check_that_base_moved(self, buckets)
         unit, scale = _start.together(memory), new.scales.sum(-1)
         write = _state.prepared(self, new, left_out, skip, unit=unit, lr=lr, scale=scale)
         _buckets.commit(self, buckets, write)
+        if asks and not self._base_has_moved and not skip.item():
+            _warnings.check_that_base_moved(self, buckets)
         _steps.report(self, buckets)
         return loss
 
