@@ -60,8 +60,8 @@ def test_the_base_raises(options, when, moment):
     assert_identical(after[:2], before[:2])
     if when > 2:  # until then, the factor of lr is being chosen
         assert_identical(after[2], before[2])
-    train(model, optimizer, 200, first=when)
-    assert full_loss(model) < 0.25
+    train(model, optimizer, 80, first=when)
+    assert full_loss(model) < 0.7
     assert (optimizer.scale > 1e-3).all()
 
 
@@ -97,8 +97,8 @@ def test_any_part_of_a_step_raises(options, point, when, monkeypatch):
     after = ours(model, optimizer)
     assert_identical(after[0], before[0])
     assert_identical(after[1], before[1])
-    train(model, optimizer, 150, first=when - 1)
-    assert full_loss(model) < 0.4
+    train(model, optimizer, 80, first=when - 1)
+    assert full_loss(model) < 0.7
     assert (optimizer.scale > 1e-3).all()
 
 
