@@ -7,7 +7,7 @@ import torch
 
 from device import DEVICE
 from mechanic_pytorch import mechanize
-from problems import SparseClassifier, mlp
+from problems import SparseClassifier, layers, mlp
 
 
 @dataclass
@@ -26,8 +26,7 @@ class Case:
 
     def params(self, model):
         """Return what an optimizer of the model takes."""
-        layers = [list(layer.parameters()) for layer in model.children()]
-        return [{"params": layer} for layer in layers if layer] if self.per_group else model.parameters()
+        return [{"params": layer} for layer in layers(model)] if self.per_group else model.parameters()
 
 
 CASES = {

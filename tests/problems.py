@@ -32,6 +32,11 @@ def mlp(dtype=torch.float32, bias=True, seed=0):
     return torch.nn.Sequential(*layers).to(dtype)
 
 
+def layers(model):
+    """Return the parameters of each layer that has some."""
+    return [params for layer in model.children() if (params := list(layer.parameters()))]
+
+
 def loss_of(model, t, size=64):
     images, labels = batch(t, size)
     dtype = next(model.parameters()).dtype
@@ -39,17 +44,24 @@ def loss_of(model, t, size=64):
     return F.cross_entropy(outputs if dtype == torch.float64 else outputs.float(), labels)
 
 
+def closure_of(model, optimizer, t, before=lambda: None):
+    """Return what evaluates the model on the t-th batch, after a call of `before`."""
+
+    def closure():
+        before()
+        optimizer.zero_grad()
+        loss = loss_of(model, t)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 def train(model, optimizer, steps, first=0, scheduler=None, closure=False):
     """Train for the given batches; return the losses."""
     losses = []
     for t in range(first, first + steps):
-
-        def evaluate(t=t):
-            optimizer.zero_grad()
-            loss = loss_of(model, t)
-            loss.backward()
-            return loss
-
+        evaluate = closure_of(model, optimizer, t)
         losses.append((optimizer.step(evaluate) if closure else evaluate()).item())
         if not closure:
             optimizer.step()

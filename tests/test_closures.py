@@ -7,7 +7,7 @@ import torch
 
 from bases import CASES
 from mechanic_pytorch import mechanize
-from problems import full_loss, loss_of, mlp, train
+from problems import closure_of, full_loss, loss_of, mlp, train
 from test_resume import assert_identical
 
 
@@ -28,14 +28,7 @@ def test_a_closure_changes_nothing(name):
 def test_evaluated_once_with_autograd_on(surrounding):
     model, optimizer = CASES["AdamW"].build()
     calls = []
-
-    def closure():
-        calls.append(torch.is_grad_enabled())
-        optimizer.zero_grad()
-        loss = loss_of(model, 0)
-        loss.backward()
-        return loss
-
+    closure = closure_of(model, optimizer, 0, before=lambda: calls.append(torch.is_grad_enabled()))
     with surrounding():
         mode = torch.is_grad_enabled()
         loss = optimizer.step(closure)
@@ -51,15 +44,7 @@ def test_lbfgs_gets_the_evaluations_that_it_asks_for():
         model = mlp()
         optimizer = wrap(torch.optim.LBFGS)(model.parameters(), lr=1.0, max_iter=5)
         calls = []
-
-        def closure(model=model, optimizer=optimizer, calls=calls):
-            calls.append(torch.is_grad_enabled())
-            optimizer.zero_grad()
-            loss = loss_of(model, 0)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, 0, lambda calls=calls: calls.append(torch.is_grad_enabled())))
         counts.append(calls)
     assert counts[0] == counts[1] == [True] * len(counts[0])
     assert len(counts[0]) > 1
@@ -90,15 +75,12 @@ def test_an_exception_in_the_closure_leaves_everything_as_it_was(name, trained, 
     train(model, optimizer, trained, closure=True)
     before, calls = snapshot(model, optimizer), []
 
-    def closure():
+    def fail():
         calls.append(None)
         if len(calls) == when:
             raise DeliberateError
-        optimizer.zero_grad()
-        loss = loss_of(model, trained)
-        loss.backward()
-        return loss
 
+    closure = closure_of(model, optimizer, trained, before=fail)
     with torch.set_grad_enabled(grad):
         with pytest.raises(DeliberateError):
             optimizer.step(closure)
@@ -205,16 +187,8 @@ def test_the_lr_in_a_closure_a_hook_and_a_log_is_the_users(base, s_init):
 
     optimizer.register_step_pre_hook(see)
     optimizer.register_step_post_hook(see)
-
-    def closure():
-        see()
-        optimizer.zero_grad()
-        loss = loss_of(model, 0)
-        loss.backward()
-        return loss
-
     for _ in range(5):
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, 0, before=see))
     assert seen == [1e-3] * len(seen)
     assert len(seen) >= 20
 
@@ -224,15 +198,11 @@ def test_an_lr_that_a_closure_sets_stays(base):
     model, calls = mlp(), []
     optimizer = mechanize(base, s_init="auto")(model.parameters(), lr=1e-3)
 
-    def closure():
+    def set_lr():
         calls.append(None)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 / (1 + len(calls))
-        optimizer.zero_grad()
-        loss = loss_of(model, 0)
-        loss.backward()
-        return loss
 
     for _ in range(4):
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, 0, before=set_lr))
         assert optimizer.param_groups[0]["lr"] == 1e-3 / (1 + len(calls))

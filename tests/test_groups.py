@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mechanic_pytorch import mechanize
-from problems import full_loss, mlp, train
+from problems import full_loss, layers, mlp, train
 
 
 def quadratic(params, targets):
@@ -268,8 +268,8 @@ def first_removed(optimizer):
 def test_groups_that_are_moved_keep_what_was_learned(s_init, per_group, change):
     """At once, in a checkpoint, and in the next steps; with a scale for each group, each parameter its own."""
     model = mlp()
-    layers = [{"params": list(model[i].parameters())} for i in (0, 2)]
-    optimizer = mechanize(torch.optim.AdamW, s_init=s_init, per_group=per_group)(layers, lr=1.0)
+    groups = [{"params": params} for params in layers(model)]
+    optimizer = mechanize(torch.optim.AdamW, s_init=s_init, per_group=per_group)(groups, lr=1.0)
     train(model, optimizer, 60)
     scales, sums = optimizer.scale.tolist(), optimizer.learned_lr()
     change(optimizer)

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR
 
 import problems
 from mechanic_pytorch import is_mechanized, mechanize
-from problems import full_loss, loss_of, mlp, train
+from problems import full_loss, layers, loss_of, mlp, train
 
 BASES = {"AdamW": (AdamW, {}), "AdamW_fused": (AdamW, {"fused": True}), "SGD": (SGD, {"momentum": 0.9})}
 bases = pytest.mark.parametrize("name", BASES)
@@ -34,8 +34,8 @@ def optimizer_of(params, name, start, **mechanic_options):
     return mechanize(base, s_init=start, **mechanic_options)(params, lr=1.0, **options)
 
 
-def layers(model):
-    return [{"params": [*model[i].parameters()]} for i in (0, 2)]
+def groups_of(model):
+    return [{"params": params} for params in layers(model)]
 
 
 @starts
@@ -48,7 +48,7 @@ def test_steps_that_are_taken_back_leave_no_trace(trained, dtype, per_group, nam
     to the best checkpoint: awslabs/sockeye #164, paiml/entrenar #292.
     """
     model, runs = mlp(getattr(torch, dtype)), []
-    optimizer = optimizer_of(layers(model), name, start, per_group=per_group)
+    optimizer = optimizer_of(groups_of(model), name, start, per_group=per_group)
     train(model, optimizer, trained)
     kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
 
@@ -93,11 +93,11 @@ def group_optimizers(optimizer):
 def test_an_optimizer_rebuilt_from_its_groups_is_a_new_one(rebuilt, name, start):
     """horovod/horovod #1284 and #1354, determined-ai/determined #5162, pytorch/rl #2577."""
     model = mlp()
-    optimizer = optimizer_of(layers(model), name, start)
+    optimizer = optimizer_of(groups_of(model), name, start)
     train(model, optimizer, 20)
     twin, optimizer = copy.deepcopy(model), rebuilt(optimizer)
     assert is_mechanized(optimizer)
-    assert train(model, optimizer, 20) == train(twin, optimizer_of(layers(twin), name, start), 20)
+    assert train(model, optimizer, 20) == train(twin, optimizer_of(groups_of(twin), name, start), 20)
     assert optimizer.effective_lr() == [float(optimizer.scale)] * 2 != [0.0, 0.0]
 
 

@@ -15,17 +15,12 @@ import oracle
 from counting import Operations
 from mechanic_pytorch import _state, mechanize, patched
 from mechanic_pytorch.telemetry import Trace, read_out
-from problems import full_loss, loss_of, mlp, train
+from problems import full_loss, layers, loss_of, mlp, train
 
 OWN = [
     *("mechanic_max_product", "mechanic_sum_squared_products", "mechanic_reward", "mechanic_scales"),
     *("mechanic_lr_sums", "mechanic_unit", "mechanic_lr_factor", "mechanic_frozen_scale"),
 ]
-
-
-def layers(model):
-    """Return the parameters of each layer that has some."""
-    return [list(layer.parameters()) for layer in model if list(layer.parameters())]
 
 
 def one_optimizer(model, base, lrs=(1.0, 0.1), options=None, **mechanic_options):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from bases import CASES
 from mechanic_pytorch import mechanize
-from problems import full_loss, mlp, train
+from problems import full_loss, layers, mlp, train
 
 STEPS = 12
 
@@ -366,6 +366,9 @@ def test_a_spoiled_checkpoint_is_refused_and_changes_nothing(per_group, data):
     with pytest.raises(ValueError, match=r'Remedy: .*load_state_dict\(\.\.\., tuner="fresh"\)\.$'):
         optimizer.load_state_dict(saved)
     assert_identical(optimizer.state_dict(), before)
+    other = copy.deepcopy(optimizer)
+    other.load_state_dict(saved, tuner="fresh")
+    assert not other.scale.any()
 
 
 SPOILED = {}
@@ -376,8 +379,8 @@ def trained(per_group):
     optimizers = []
     for seed in (0, 1):
         model = mlp(seed=seed)
-        layers = [{"params": list(model[i].parameters())} for i in (0, 2)]
-        optimizers.append(mechanize(torch.optim.AdamW, s_init="auto", per_group=per_group)(layers, lr=1.0))
+        groups = [{"params": params} for params in layers(model)]
+        optimizers.append(mechanize(torch.optim.AdamW, s_init="auto", per_group=per_group)(groups, lr=1.0))
         train(model, optimizers[-1], 10)
     return optimizers[0].state_dict(), optimizers[1]
 
@@ -397,8 +400,8 @@ def test_a_fresh_tuner_for_other_options(change):
     runs = []
     for options in OTHER_OPTIONS[change]:
         model = mlp()
-        layers = [{"params": list(model[i].parameters())} for i in (0, 2)]
-        runs.append((model, mechanize(torch.optim.AdamW, **options)(layers, lr=1.0)))
+        groups = [{"params": params} for params in layers(model)]
+        runs.append((model, mechanize(torch.optim.AdamW, **options)(groups, lr=1.0)))
         train(*runs[-1], 30)
     (model, one), (other_model, other) = runs
     saved = one.state_dict()

@@ -145,14 +145,14 @@ class LrTimes:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.groups = optimizer.param_groups
-        self.factors: Sequence[float] = [1.0] * len(self.groups)
+        self.optimizer = optimizer
+        self.factors: Sequence[float] = ()  # one for each group, before the block begins
         self._changed: list[tuple[dict[str, Any], float, Any, Any]] = []
 
     def __enter__(self) -> None:
         self._changed = [
             (group, factor, group["lr"], group["lr"] * factor)
-            for group, factor in zip(self.groups, self.factors, strict=True)
+            for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True)
             if group.get("lr") is not None and factor != 1.0
         ]
         for group, _, _, ours in self._changed:

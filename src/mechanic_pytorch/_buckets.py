@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch import kernels
-from mechanic_pytorch._state import COMPENSATION, PER_PARAMETER, REFERENCE, accumulator_dtype, slot
+from mechanic_pytorch._state import COMPENSATION, REFERENCE, accumulator_dtype, slot
 from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
 from mechanic_pytorch.kernels import Kernel
 
@@ -115,7 +115,7 @@ def collect(optimizer: Any) -> tuple[list[Bucket], list[Spread]]:
             if bucket is None:
                 bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, slot(config), group)
             stored = optimizer.state.get(p, {})
-            fits = all(stored[key].shape == p.shape for key in PER_PARAMETER & stored.keys())
+            fits = all(key not in stored or stored[key].shape == p.shape for key in (bucket.slot, COMPENSATION))
             bucket.has_new_shapes |= not fits
             bucket.add(p, grad, stored if fits else {})
     return list(buckets.values()), list(spreads)

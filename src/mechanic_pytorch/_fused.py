@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mechanic_pytorch import _base
+from mechanic_pytorch._base import LrTimes
 from mechanic_pytorch._buckets import Bucket
 from mechanic_pytorch.distributed import local
 from mechanic_pytorch.kernels.rule import Rule
 
 
-def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket]) -> list[Rule] | None:
+def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket], lr_times: LrTimes) -> list[Rule] | None:
     """Return the rule by which each bucket's kernel can make the base's step, or None if the base has to.
+
+    A rule holds the lr that the base would find.
 
     The base has to where it is not exactly one of torch's own, was not asked for `fused=True`, is about to create state
     or to report an error, or where the kernel cannot.
@@ -36,7 +39,8 @@ def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket]) -> list[Rule] | No
     for bucket in buckets:
         if bucket.is_new or any(p.is_complex() for p in bucket.owners):
             return None
-        rule = make(base, bucket.group, [optimizer.state[p] for p in bucket.owners])
+        with lr_times:
+            rule = make(base, bucket.group, [optimizer.state[p] for p in bucket.owners])
         can_step = getattr(bucket.kernel, "can_step", None)
         if rule is None or not (can_step and can_step(bucket.params, bucket.grads, bucket.kept, *rule.states)):
             return None

@@ -117,10 +117,11 @@ def lr_factors(optimizer: Any) -> list[float]:
         _state.attach_tuner(optimizer)
         seeks = not optimizer._start_is_known
         rows = _state.read(optimizer, UNIT).reshape(-1, _state.UNIT_SIZE).tolist() if seeks else []
-        for (home, groups), row in itertools.zip_longest(_state.tuners(optimizer), rows):
-            if not isinstance(optimizer, NOT_IN_PROPORTION):
-                _choose_factor(home, groups, row and Memory(*row))
-        optimizer._start_is_known = not seeks or all(Memory(*row).pace > 0 for row in rows)
+        memories = [Memory(*row) for row in rows]
+        if not isinstance(optimizer, NOT_IN_PROPORTION):
+            for (home, groups), memory in itertools.zip_longest(_state.tuners(optimizer), memories):
+                _choose_factor(home, groups, memory)
+        optimizer._start_is_known = all(memory.pace > 0 for memory in memories)
     factors = [float(home.get(LR_FACTOR, 1.0)) for home in _state.homes(optimizer)]
     return _state.for_each_group(optimizer, factors)
 
@@ -251,10 +252,9 @@ def begin(
 
 def _least_ratio(optimizer: Any, like: Tensor) -> Tensor:
     """Return how long the first update has to be, in lengths of the weights, for half of its digits to be there."""
-    least = []
+    least, can_grow = [], can_ask_host(optimizer) and not isinstance(optimizer, NOT_IN_PROPORTION)
     for home, groups in _state.tuners(optimizer):
         precision, most = _rounding(groups)
-        can_grow = can_ask_host(optimizer) and not isinstance(optimizer, NOT_IN_PROPORTION)
         least.append(math.sqrt(precision) if can_grow and abs(home[LR_LIMIT]) / precision <= most else 0.0)
     return like.new_tensor(least).reshape(like.shape)
 

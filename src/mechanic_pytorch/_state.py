@@ -94,12 +94,15 @@ def for_each_group(optimizer: Any, values: list[Any]) -> list[Any]:
 
 def attach_tuner(optimizer: Any) -> None:
     """Give the optimizer tuners where it has none: those of groups that have gone or moved, or else new ones."""
-    config, first = optimizer.mechanic_config, optimizer.param_groups[0]
-    if STEPS not in first or any(_TUNER_KEYS[0] not in home for home in homes(optimizer)):
-        _take_over(optimizer)
+    config, first, now = optimizer.mechanic_config, optimizer.param_groups[0], homes(optimizer)
+    if STEPS in first and all(_TUNER_KEYS[0] in home for home in now):
+        return
+    ids = {id(home) for home in now}
+    gone = [old for old in optimizer._homes if id(old) not in ids]
+    _take_over(optimizer, gone if optimizer.state else [])  # without any state it was initialized anew
     if STEPS not in first:
         first.update({key: torch.zeros((), dtype=torch.int64, device="cpu") for key in (STEPS, SKIPPED_STEPS)})
-    for home in homes(optimizer):
+    for home in now:
         if _TUNER_KEYS[0] not in home:
             home.update({key: torch.zeros(len(config.betas), dtype=torch.float64, device="cpu") for key in _TUNER_KEYS})
         if config.s_init == "auto" and UNIT not in home:
@@ -109,26 +112,19 @@ def attach_tuner(optimizer: Any) -> None:
         if LR_SUMS not in home:
             home[LR_SUMS] = torch.zeros(3, dtype=torch.float64, device="cpu")
         home.setdefault(FROZEN_SCALE, 0.0)  # always there: a flattened checkpoint holds only what a new optimizer has
-    now = homes(optimizer)
-    gone = [old for old in optimizer._homes if _TUNER_KEYS[0] in old and all(old is not home for home in now)]
     optimizer._homes = [*now, *gone]  # groups that are rebuilt come one by one
 
 
-def _take_over(optimizer: Any) -> None:
+def _take_over(optimizer: Any, gone: list[dict[str, Any]]) -> None:
     """Give tuner and counters back to the groups they belong to: somebody has removed, reordered or rebuilt groups."""
-    groups = optimizer.param_groups
-    gone = [home for home in optimizer._homes if all(home is not group for group in groups)]
-    others = [*groups, *gone] if optimizer.state else groups  # without any state it was initialized anew
+    per_group, groups = optimizer.mechanic_config.per_group, optimizer.param_groups
     for new in homes(optimizer):
-        if _TUNER_KEYS[0] in new:
-            continue
         ids = {id(p) for p in new["params"]}
-        for old in others:
-            theirs = not optimizer.mechanic_config.per_group or any(id(p) in ids for p in old["params"])
-            if theirs and _TUNER_KEYS[0] in old:
+        for old in gone if per_group else [*groups, *gone]:
+            theirs = _TUNER_KEYS[0] in old and (not per_group or any(id(p) in ids for p in old["params"]))
+            if theirs and _TUNER_KEYS[0] not in new:
                 new.update({key: old.pop(key) for key in _PER_TUNER if key in old})
-                break
-    for old in others:
+    for old in [*groups, *gone]:
         if STEPS not in groups[0] and STEPS in old:
             groups[0].update({key: old.pop(key) for key in (STEPS, SKIPPED_STEPS)})
 
@@ -421,20 +417,16 @@ def _check_tuners(optimizer: Any, groups: list[dict[str, Any]], refuse: Callable
                 refuse(f"must hold {size} numbers in {key!r}", f"a tensor of shape {tuple(value.shape)}", hint)
             if not _is_plausible(value, lowest=0.0, largest=MOST if key == _TUNER_KEYS[3] else math.inf):
                 refuse(f"must hold numbers from 0 up in {key!r}, of which a run can have come", str(value.tolist()))
-        for key, is_allowed in (
-            (FROZEN_SCALE, lambda x: 0 <= x < MOST),
-            *(
-                ((LR_FACTOR, lambda x: 0 < x < math.inf), (LR_LIMIT, lambda x: 0 < abs(x) < math.inf))
-                if is_auto
-                else ()
-            ),
-        ):
+        numbers: dict[str, Callable[[float], bool]] = {FROZEN_SCALE: lambda x: 0 <= x < MOST}
+        if is_auto:
+            numbers |= {LR_FACTOR: lambda x: 0 < x < math.inf, LR_LIMIT: lambda x: 0 < abs(x) < math.inf}
+        for key, is_allowed in numbers.items():
             value = home.get(key)
             if not isinstance(value, (int, float)) or not is_allowed(value):
                 refuse(f"must hold a number in {key!r}, of which a run can have come", repr(value))
     counts = [first.get(key) for key in (STEPS, SKIPPED_STEPS)]
-    numbers = [int(count) for count in counts if isinstance(count, Tensor) and count.numel() == 1]
-    if len(numbers) < 2 or not 0 <= numbers[1] <= numbers[0]:
+    made = [int(count) for count in counts if isinstance(count, Tensor) and count.numel() == 1]
+    if len(made) < 2 or not 0 <= made[1] <= made[0]:
         refuse(f"must hold two counts, {STEPS!r} and {SKIPPED_STEPS!r}", repr(counts))
 
 

@@ -10,7 +10,6 @@ import torch
 
 from mechanic_pytorch import _state
 from mechanic_pytorch._base import can_ask_host, lrs
-from mechanic_pytorch._state import SLOTS
 from mechanic_pytorch.distributed import local
 
 if TYPE_CHECKING:
@@ -91,7 +90,9 @@ def warn_if_stuck(optimizer: Any) -> None:
     kinds = {
         "a gradient": [p.grad for p in params if p.grad is not None],
         "a weight": params,
-        "what is kept of the run": [t for p in params for k, t in optimizer.state.get(p, {}).items() if k in SLOTS],
+        "what is kept of the run": [
+            t for p in params for k, t in optimizer.state.get(p, {}).items() if k in _state.SLOTS
+        ],
     }
     found = [name for name, tensors in kinds.items() if not all(_is_finite(tensor) for tensor in tensors)]
     if found:

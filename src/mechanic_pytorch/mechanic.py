@@ -222,8 +222,7 @@ class Mechanic(Optimizer):
             )
             self._options_compared = True
         asks, base_skips = _base.can_ask_host(self), _base.skips_by_itself(self)
-        with lr_times:
-            rules = _fused.rules_of(self, buckets) if base_skips and not seeks else None
+        rules = _fused.rules_of(self, buckets, lr_times) if base_skips and not seeks else None
         before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
         parts = {spread: old.scales.new_zeros(*old.scales.shape[:-1], 4) for spread in [(), *spreads]}
         for bucket, copies in zip_longest(buckets, before):
