@@ -3,7 +3,7 @@
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
 `ours-auto` has found, `ours@1e-04` ours at that base learning rate. These run only if they are asked for:
 `ours-auto/head` is ours with a scale for each group of one of the `GROUPINGS`, here for the body and for the last
-layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_start.py`).
+layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_auto.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mechanic_pytorch import _start, is_mechanized, mechanize
+from mechanic_pytorch import _auto, is_mechanized, mechanize
 
 from .tasks import GROUPINGS, Run, Task
 
@@ -236,11 +236,11 @@ def switch(optimizer: Any, mode: str) -> None:
 
 
 def constants(method: str) -> Any:
-    """Return a context in which `_start.py` is that of a method of the ablation."""
+    """Return a context in which `_auto.py` is that of a method of the ablation."""
     if method not in ABLATION:
         return contextlib.nullcontext()
     relative, penalty = ABLATION[method]
-    return unittest.mock.patch.multiple(_start, RELATIVE=relative, PENALTY=penalty)
+    return unittest.mock.patch.multiple(_auto, RELATIVE=relative, LOSS_WEIGHT_FALLING=penalty)
 
 
 def execute(job: Job, lr: float | None, peers: Path, threads: int) -> dict[str, Any]:
