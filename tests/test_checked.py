@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
+from kernel_problems import DTYPES, problem
 from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
 from mechanic_pytorch.kernels.checked import Checked
 from mechanic_pytorch.telemetry import read_out
 from problems import loss_of, mlp
-from test_kernels import DTYPES, problem
 
 BASES = {
     "AdamW_fused": (torch.optim.AdamW, {"fused": True, "weight_decay": 0.1}),
@@ -133,7 +133,7 @@ def test_each_variant_is_checked_once_and_then_nothing_is_read():
     checked = Checked("quick", lambda: for_loop, Counted())
     for dtype in (torch.float32, torch.bfloat16):
         for _ in range(3):
-            params, before, grads, kept, compensations = problem(dtype, "cpu")
+            params, before, grads, kept, compensations = problem(dtype)
             scale = torch.tensor(0.5)
             checked.measure(params, grads, kept)
             checked.move(params, before, kept, compensations, scale, scale)
@@ -144,7 +144,7 @@ def test_each_variant_is_checked_once_and_then_nothing_is_read():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_check_agrees_on_awkward_tensors_and_changes_none(dtype):
     """Also where most numbers are 0, infinite or very large."""
-    params, before, grads, kept, compensations = problem(dtype, "cpu")
+    params, before, grads, kept, compensations = problem(dtype)
     for tensors in (kept, grads):
         tensors[-1].zero_()
     grads[5][0] = float("nan")
