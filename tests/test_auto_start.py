@@ -12,10 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 import oracle
 from counting import Operations
 from device import DEVICE
+from helpers import assert_identical
 from mechanic_pytorch import _start, _state, mechanize
-from problems import SparseClassifier, full_loss, loss_of, mlp, train
-from test_paper import objective
-from test_resume import assert_identical
+from problems import SparseClassifier, full_loss, loss_of, mlp, noisy_quadratic, train
 
 BASES = {
     "SGD": (torch.optim.SGD, {}),
@@ -45,7 +44,7 @@ WARM_UP["jump"] = lambda t: 1e-3 if t < 5 else 1.0
 @pytest.mark.parametrize("name", ["SGD", "momentum", "AdamW"])
 def test_equals_the_tuner_run_in_other_units(name, schedule, begins):
     lr, steps = 1e-3, 200
-    start, gradients = objective(0)
+    start, gradients = noisy_quadratic(0)
     if begins == "near zero":  # the parameters become long on the way, which is what decay is measured by
         start = [1e-6 * x for x in start]
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
@@ -76,7 +75,7 @@ def test_a_scale_that_was_wrong_is_learned_anew(name):
     From step 120 on it is always the same, for which the scale would grow without end, but for the ceiling. With SGD,
     the long gradient makes the weights run away from what the first fall has left, so that the scale falls again.
     """
-    start, gradients = objective(0)
+    start, gradients = noisy_quadratic(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = auto(name, params)
     rule = oracle.sgd(1.0) if name == "SGD" else oracle.adamw(1.0, weight_decay=0.1)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bases import CASES
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
 from problems import closure_of, full_loss, loss_of, mlp, train
-from test_resume import assert_identical
 
 
 def snapshot(model, optimizer):

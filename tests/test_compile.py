@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from helpers import Graphs, assert_identical
 from mechanic_pytorch import mechanize, patched
 from problems import loss_of, mlp
-from test_resume import assert_identical
 
 # torch's own compiler imports what torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -29,22 +29,6 @@ def from_scratch():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend that runs each graph as it is, and counts."""
-
-    def __init__(self):
-        self.compiled = self.runs = 0
-
-    def __call__(self, graph, inputs):
-        self.compiled += 1
-
-        def run(*arguments):
-            self.runs += 1
-            return graph(*arguments)
-
-        return run
 
 
 def train(model, optimizer, steps, first=0, step=None):

@@ -15,14 +15,11 @@ import oracle
 from bases import CASES
 from counting import Operations, transient_bytes
 from device import DEVICE
+from helpers import Graphs, assert_identical
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._control import NOT_IN_PROPORTION, bounded
 from mechanic_pytorch._state import TunerState
-from problems import loss_of, mlp, train
-from test_compile import Graphs
-from test_counts import large
-from test_paper import objective
-from test_resume import assert_identical
+from problems import large_params, loss_of, mlp, noisy_quadratic, train
 
 STEPS = 40
 CAN = [name for name, case in CASES.items() if not issubclass(case.base, NOT_IN_PROPORTION)]
@@ -306,8 +303,8 @@ def costs(optimizer):
     ids=["SGD", "AdamW_foreach", "AdamW_fused"],
 )
 def test_a_frozen_step_costs_what_the_base_costs(base, options, skip_nonfinite):
-    plain = base(large(torch.float32), lr=1e-3, **options)
-    mechanized = mechanize(base, skip_nonfinite=skip_nonfinite)(large(torch.float32), lr=1.0, **options)
+    plain = base(large_params(torch.float32), lr=1e-3, **options)
+    mechanized = mechanize(base, skip_nonfinite=skip_nonfinite)(large_params(torch.float32), lr=1.0, **options)
     for _ in range(3):
         plain.step()
         mechanized.step()
@@ -382,7 +379,7 @@ def test_the_bound_is_exact(scales, max_lr, lr, double):
 @pytest.mark.parametrize("schedule", ["constant", "warm-up", "decay"])
 def test_equals_the_oracle(schedule):
     max_lr, factor = 0.02, {"constant": lambda t: 1.0, "warm-up": lambda t: min(1, t / 30), "decay": lambda t: 0.97**t}
-    start, gradients = objective(0)
+    start, gradients = noisy_quadratic(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = mechanize(torch.optim.SGD, s_init=1e-3, max_lr=max_lr)(params, lr=0.5)
     now, rule = {}, oracle.sgd(1.0)

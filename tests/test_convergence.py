@@ -1,6 +1,6 @@
 """benchmarks/convergence: no result is lost or made twice, and the comparison is a fair one.
 
-`python tests/test_convergence.py run …` is the program with one tiny task in the place of all others.
+`python -m tests.test_convergence run …` is the program with one tiny task in the place of all others.
 """
 
 import json
@@ -17,16 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from sklearn.datasets import load_iris
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks.convergence import __main__ as program
 from benchmarks.convergence import data, fill, methods, plan, report, tasks
 from benchmarks.convergence.results import IDENTITY, Results, key
+from sklearn.datasets import load_iris
 
 from mechanic_pytorch import _start
 
+ROOT = Path(__file__).parents[1]
+PROGRAM = [sys.executable, "-m", "tests.test_convergence", "run"]  # in ROOT
 METHODS = ["--methods", "grid", "ours", "ours-auto", "plain@learned"]
 
 
@@ -135,9 +134,9 @@ def test_a_result_that_is_not_finite_is_valid_json(tmp_path):
 
 def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
     path = tmp_path / "results.jsonl"
-    command = [sys.executable, __file__, "run", "--results", path, "--jobs", "2", *METHODS, "--seeds", "0", "1"]
+    command = [*PROGRAM, "--results", path, "--jobs", "2", *METHODS, "--seeds", "0", "1"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 300  # of a busy machine; it takes a few seconds
         while len(Results(path).lines()) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -162,11 +161,11 @@ def test_on_a_local_ray(task, tmp_path):
     """The same jobs, on workers of Ray, which start as processes of their own and know no module of this test."""
     path = tmp_path / "results.jsonl"
     few = ["--methods", "ours", "ours-auto", "plain@learned", "--seeds", "0"]
-    command = [sys.executable, __file__, "run", "--results", path, "--backend", "ray", "--jobs", "2", *few]
+    command = [*PROGRAM, "--results", path, "--backend", "ray", "--jobs", "2", *few]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     expected = tmp_path / "expected.jsonl"
@@ -418,11 +417,10 @@ def test_every_profile_is_known_everywhere():
 
 
 def test_the_documentation_says_what_the_results_say():
-    root = Path(__file__).parents[1]
-    lines = Results(root / "benchmarks" / "convergence" / "results.jsonl").lines()
+    lines = Results(ROOT / "benchmarks" / "convergence" / "results.jsonl").lines()
     _, tables = report.compose(lines, "full")
     filled = {}
-    for page in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
         text = page.read_text(encoding="utf-8")
         filled[page.name] = text.count("<!-- convergence: ")
         assert fill.fill(text, tables, lines) == text, page.name

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from counting import Operations
 from device import DEVICE
+from helpers import assert_identical
 from mechanic_pytorch import _fused, kernels, mechanize
-from test_resume import assert_identical
 
 SHAPES = [(7,), (), (33, 17), (0, 3), (70_001,), (2, 600_001), (64, 300), (3,)]  # packs, one block, several blocks
 BASES = {

@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
+from helpers import assert_identical
 from mechanic_pytorch import _start, _state, kernels, mechanic, mechanize
 from problems import full_loss, layers, mlp, train
-from test_resume import assert_identical
 
 OPTIONS = {
     "auto": {"s_init": "auto"},

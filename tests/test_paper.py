@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import oracle
 from mechanic_pytorch import mechanize
+from problems import noisy_quadratic
 
-SHAPES = [(4, 3), (), (5,), (2, 1, 3)]
 STEPS = 80
 
 BASES = {
@@ -22,23 +22,9 @@ BASES = {
 }
 
 
-def objective(seed):
-    """A noisy, badly scaled quadratic: gradients at x for step t, the same for both sides."""
-    rng = np.random.default_rng(seed)
-    curvature = [np.exp(rng.uniform(-2, 2, shape)) for shape in SHAPES]
-    target = [rng.standard_normal(shape) for shape in SHAPES]
-    noise = [[0.1 * rng.standard_normal(shape) for shape in SHAPES] for _ in range(STEPS)]
-    start = [rng.standard_normal(shape) for shape in SHAPES]
-
-    def gradients(x, t):
-        return [c * (xi - ti) + ni for c, xi, ti, ni in zip(curvature, x, target, noise[t], strict=True)]
-
-    return start, gradients
-
-
 def compare(name, lr, seed=0, steps=STEPS, **options):
     base, base_options, oracle_base, oracle_options = BASES[name]
-    start, gradients = objective(seed)
+    start, gradients = noisy_quadratic(seed)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = mechanize(base, **options)(params, lr=lr, **base_options)
     options.pop("store_delta", None)

@@ -16,8 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
-from test_resume import assert_identical
 
 
 def import_table():
