@@ -232,11 +232,17 @@ def test_a_parameter_listed_twice_is_counted_once():
         torch.testing.assert_close(twice, once)
 
 
-def test_a_group_without_parameters():
-    (a,) = parameters(3)
-    optimizer = mechanize(torch.optim.SGD)([{"params": []}, {"params": [a]}], lr=1.0)
-    step(optimizer, 1.0)
-    assert optimizer.effective_lr() == [0.0, 0.0]
+def test_a_group_without_parameters_changes_nothing():
+    runs = []
+    for empty in ([], [{"params": []}]):
+        (a,) = parameters(3)
+        optimizer = mechanize(torch.optim.SGD, s_init=0.1)([*empty, {"params": [a]}], lr=1.0)
+        for _ in range(5):
+            step(optimizer, 1.0)
+        assert optimizer.effective_lr() == [float(optimizer.scale)] * (len(empty) + 1)
+        runs.append([a.tolist(), float(optimizer.scale)])
+    assert runs[0] == runs[1]
+    assert runs[0][1] > 0.1
 
 
 def reversed_groups(optimizer):

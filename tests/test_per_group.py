@@ -204,15 +204,29 @@ def test_the_ratio_of_the_learning_rates_says_nothing():
 # --- what must hold as it does for one scale --------------------------------------------------------------------------
 
 
-def test_host_reads_and_operations_do_not_grow_with_the_groups():
-    for s_init in (1e-8, "auto"):
-        model = mlp()
-        optimizer = one_optimizer(model, torch.optim.AdamW, options={"fused": True}, s_init=s_init)
-        train(model, optimizer, 3)
-        loss_of(model, 3).backward()
+def operations_of_a_step(count, **mechanic_options):
+    """Count those of a step of eight parameters in so many groups, after the first ones."""
+    params = [torch.ones(5, requires_grad=True) for _ in range(8)]
+    groups = [{"params": params[i::count]} for i in range(count)]
+    optimizer = mechanize(torch.optim.AdamW, **mechanic_options)(groups, lr=1.0, fused=True)
+    for _ in range(4):
+        for p in params:
+            p.grad = p.detach().clone()
         with Operations() as operations:
             optimizer.step()
-        assert operations.host_reads == 0
+    return operations
+
+
+@pytest.mark.parametrize("s_init", [1e-8, "auto"])
+def test_a_scale_more_costs_no_host_read_and_two_operations_at_most(s_init):
+    """Beside what is done for each group anyway, also with one scale for all."""
+    more = []
+    for count in (1, 2, 4, 8):
+        own, shared = (operations_of_a_step(count, s_init=s_init, per_group=kind) for kind in (True, False))
+        assert own.host_reads == shared.host_reads == 0
+        more.append(own.count.total() - shared.count.total())
+    assert more[0] <= 16, "a row of numbers in the place of one"
+    assert all(extra <= more[0] + 2 * (count - 1) for extra, count in zip(more, (1, 2, 4, 8), strict=True))
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_of_all_groups():
@@ -261,13 +275,22 @@ def test_it_moves_with_the_parameters_to_another_dtype():
 
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_group_that_is_taken_out_takes_its_tuner_along(position):
-    model = mlp()
+    """The other goes on as with an optimizer of its own."""
+    model, twin = mlp(torch.float64), mlp(torch.float64)
     optimizer = one_optimizer(model, torch.optim.SGD, s_init=1e-3)
-    train(model, optimizer, 10)
-    scales = optimizer.scale.tolist()
-    del optimizer.param_groups[position]
-    assert optimizer.scale.tolist() == [scales[1 - position]]
-    train(model, optimizer, 2, first=10)
+    others = several_optimizers(twin, torch.optim.SGD, s_init=1e-3)
+    for t in range(20):
+        if t == 10:
+            scales = optimizer.scale.tolist()
+            del optimizer.param_groups[position], others[position]
+            assert optimizer.scale.tolist() == [scales[1 - position]]
+        for one in (model, twin):
+            one.zero_grad()
+            loss_of(one, t).backward()
+        for each in (optimizer, *others):
+            each.step()
+    assert optimizer.scale.item() > 1.5 * scales[1 - position]
+    assert_same(model, optimizer, twin, others, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's compiler imports it
