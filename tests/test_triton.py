@@ -64,7 +64,7 @@ def test_measure_groups_gradients_of_other_dtypes(launches):
     assert launches()["_measure"] == 2
 
 
-def test_nothing_to_do(launches):
+def test_empty_tensors_need_no_launch(launches):
     empty = [torch.empty(0, 3, device=DEVICE), torch.empty(0, device=DEVICE)]
     assert kernel.measure(empty, empty, empty, empty).tolist() == [0.0] * 4
     kernel.move(empty, empty, empty, None, torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
@@ -193,7 +193,7 @@ def test_the_same_bits_every_time():
     assert all(map(torch.equal, *results))
 
 
-def test_can_step():
+def test_it_can_step_tensors_of_one_dtype_and_layout_alone():
     rule, params, grads, deltas, _ = step_problem("adamw", torch.bfloat16)
     assert kernel.can_step(params, grads, deltas, *rule.states)
     assert kernel.can_step([], [], [])

@@ -129,7 +129,7 @@ def resumed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_trains(name):
+def test_it_trains_from_any_of_these_bases(name):
     """Measured after 200 steps from a loss of 2.3: 0.03 (SOAP) to 0.20 (ScheduleFreeSGD, in train mode)."""
     with CASES[name].stance():
         model, optimizer = CASES[name].build()
