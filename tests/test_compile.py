@@ -56,8 +56,8 @@ def assert_same_run(model, optimizer, twin, other, **tolerance):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_one_graph_for_all_steps_after_the_first(name):
-    """The first step creates state and is not compiled."""
+def test_one_graph_for_all_steps_after_the_first_also_for_one_that_is_skipped(name):
+    """The first step creates state and is not compiled. Whether a gradient is finite is not asked of the host."""
     (model, optimizer), (twin, other) = (model_and_optimizer(name, torch.float64) for _ in range(2))
     graphs = Graphs()
     step = torch.compile(optimizer.step, backend=graphs)
@@ -72,6 +72,13 @@ def test_one_graph_for_all_steps_after_the_first(name):
         assert_same_run(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
     else:
         assert_same_run(model, optimizer, twin, other, rtol=1e-9, atol=1e-12)
+    loss_of(model, 23).backward()
+    next(model.parameters()).grad.view(-1)[0] = float("nan")
+    before = copy.deepcopy([list(model.parameters()), optimizer.state_dict()])
+    step()
+    assert graphs.runs == runs + 21
+    count_a_skipped_step(before[1])
+    assert_identical([list(model.parameters()), optimizer.state_dict()], before)
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
@@ -126,21 +133,6 @@ def test_a_compiled_step_in_bfloat16_is_the_uncompiled_one():
     train_while_lr_falls(model, optimizer, 12, step=torch.compile(optimizer.step, backend=Graphs()))
     train_while_lr_falls(twin, other, 12)
     assert_same_run(model, optimizer, twin, other, rtol=2e-2, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_a_compiled_step_skips_without_asking_the_host(name):
-    model, optimizer = model_and_optimizer(name)
-    graphs = Graphs()
-    step = torch.compile(optimizer.step, backend=graphs)
-    train_while_lr_falls(model, optimizer, 4, step=step)
-    loss_of(model, 9).backward()
-    next(model.parameters()).grad.view(-1)[0] = float("nan")
-    before, runs = copy.deepcopy([list(model.parameters()), optimizer.state_dict()]), graphs.runs
-    step()
-    assert graphs.runs == runs + 1
-    count_a_skipped_step(before[1])
-    assert_identical([list(model.parameters()), optimizer.state_dict()], before)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor compiles C++ on CPU")
