@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.kernels import KERNELS, missing_for_triton
+from mechanic_pytorch.kernels.arguments import Scales
 from mechanic_pytorch.kernels.rule import Rule
 
 WIDTH, LAYERS = 512, 12
@@ -243,14 +244,15 @@ def bandwidth(device: str, rounds: int) -> dict[str, float]:
         from mechanic_pytorch.kernels import triton
 
         one = torch.ones((), device=device)
+        scales = Scales(one, one)
         options = {"amsgrad": False, "maximize": False, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
         options |= {"weight_decay": 0.01, "grad_scale": None, "found_inf": torch.zeros_like(one)}
         rule = Rule(torch._fused_adamw_, [[m], [v]], 1, [one], options)
         calls |= {
             "measure": (3, lambda: triton.measure([x], [g], [y])),
             "measure, with a copy": (4, lambda: triton.measure([x], [g], [y], [m])),
-            "move": (5, lambda: triton.move([x], [m], [y], None, one, one)),
-            "AdamW and move in one pass": (9, lambda: triton.step_and_move(rule, [x], [g], [y], None, one, one)),
+            "move": (5, lambda: triton.move([x], [m], [y], None, scales)),
+            "AdamW and move in one pass": (9, lambda: triton.step_and_move(rule, [x], [g], [y], None, scales)),
         }
     speeds = {}
     for name, (words, call) in calls.items():

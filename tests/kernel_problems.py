@@ -2,6 +2,7 @@
 
 import torch
 
+from mechanic_pytorch.kernels.arguments import Scales
 from mechanic_pytorch.kernels.rule import Rule
 
 # Where Triton runs: without a GPU by its interpreter, see conftest.py.
@@ -110,5 +111,6 @@ def step_problem(name, dtype, grad_scale=None, found_inf=None):
 
 
 def scales(dtype, *numbers):
-    """Return the old and the new scale, and perhaps a part, as tensors of what sums such a dtype."""
-    return [torch.tensor(s, dtype=accumulator_of(dtype), device=TRITON_DEVICE) for s in numbers or (0.2, 0.5)]
+    """Return the old and the new scale, and perhaps how x_ref follows, as tensors of what sums such a dtype."""
+    made = (torch.tensor(s, dtype=accumulator_of(dtype), device=TRITON_DEVICE) for s in numbers or (0.2, 0.5))
+    return Scales(*made)

@@ -12,8 +12,8 @@ PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
     "__main__": {"scripts"},
     "__init__": {"mechanic", "optim", "scripts"},
-    "_auto": {"_config"},
-    "_base_step": {"_buckets", "_config", "_torch"},
+    "_auto": {"_config", "kernels"},
+    "_base_step": {"_buckets", "_config", "_torch", "kernels"},
     "_buckets": {"_config", "distributed", "kernels"},
     "_checkpoint": {"_buckets", "_config", "_tuner", "distributed"},
     "_classes": {"_config"},

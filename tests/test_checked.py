@@ -8,6 +8,7 @@ import torch
 from kernel_problems import DTYPES, problem
 from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
+from mechanic_pytorch.kernels.arguments import Scales
 from mechanic_pytorch.kernels.checked import Checked
 from mechanic_pytorch.telemetry import read_out
 from problems import loss_of, mlp
@@ -136,8 +137,8 @@ def test_each_variant_is_checked_once_and_then_nothing_is_read():
             params, before, grads, kept, compensations = problem(dtype)
             scale = torch.tensor(0.5)
             checked.measure(params, grads, kept)
-            checked.move(params, before, kept, compensations, scale, scale)
-            checked.move(params, before, kept, compensations, scale, scale, scale)
+            checked.move(params, before, kept, compensations, Scales(scale, scale))
+            checked.move(params, before, kept, compensations, Scales(scale, scale, scale))
     assert calls == 2 * ["measure", "move", "move"]
 
 
@@ -156,5 +157,5 @@ def test_the_check_agrees_on_awkward_tensors_and_changes_none(dtype):
     for a, b in zip([*params, *grads, *kept, *(compensations or [])], saved, strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
     checked.measure(params, grads, kept, None, compensations, True)
-    checked.move(params, before, kept, compensations, scale, scale)
+    checked.move(params, before, kept, compensations, Scales(scale, scale))
     assert not checked.failures

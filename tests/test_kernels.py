@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_problems import DTYPES, HALF, TOLERANCE, TRITON_DEVICE, accumulator_of, assert_all_close, problem
 from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.kernels import for_loop
+from mechanic_pytorch.kernels.arguments import Scales
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PLACES = [(name, device) for name in kernels.KERNELS if name != "triton" for device in DEVICES]
@@ -26,6 +27,11 @@ def kernel(request):
     name, device = request.param
     with torch.device(device):
         yield request.getfixturevalue("triton_kernel") if name == "triton" else kernels.KERNELS[name]
+
+
+def scales(dtype, *numbers):
+    """Return them as kernels take them, on the device of the `kernel`."""
+    return Scales(*(torch.tensor(number, dtype=accumulator_of(dtype)) for number in numbers))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,17 +50,16 @@ def test_measure_equals_the_reference(kernel, dtype):
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype]["rtol"], atol=norm * TOLERANCE[dtype]["atol"])
 
 
-@pytest.mark.parametrize("part", [None, 0.6])
+@pytest.mark.parametrize("follow", [None, 0.6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_kernel_but_the_reference
-def test_move_equals_the_reference(kernel, dtype, part):
+def test_move_equals_the_reference(kernel, dtype, follow):
     results = []
     for each in (kernel, for_loop):
         params, before, _, deltas, compensations = problem(dtype)
         copies = [b.clone() for b in before]
-        numbers = (0.3, 0.5) if part is None else (0.3, 0.5, part)
-        scales = (torch.tensor(s, dtype=deltas[0].dtype) for s in numbers)
-        each.move(params, before, deltas, compensations, *scales)
+        numbers = (0.3, 0.5) if follow is None else (0.3, 0.5, follow)
+        each.move(params, before, deltas, compensations, scales(dtype, *numbers))
         assert all(torch.equal(b, c) for b, c in zip(before, copies, strict=True)), "`before` must not change"
         results.append((params, deltas, compensations))
     (params, deltas, compensations), (ref_params, ref_deltas, ref_compensations) = results
@@ -72,17 +77,17 @@ def test_move_equals_the_reference(kernel, dtype, part):
 @every_kernel_but_the_reference
 def test_one_tensor_at_a_time_is_the_same(kernel, dtype):
     """Kernels that treat small tensors together must not mistake one of them for a copy."""
-    scales = [torch.tensor(s, dtype=accumulator_of(dtype)) for s in (0.3, 0.5)]
+    numbers = scales(dtype, 0.3, 0.5)
     params, before, grads, deltas, compensations = problem(dtype)
     ref_params, _, _, ref_deltas, ref_compensations = problem(dtype)
-    for_loop.move(ref_params, before, ref_deltas, ref_compensations, *scales)
+    for_loop.move(ref_params, before, ref_deltas, ref_compensations, numbers)
     for i in range(len(params)):
         copies = [t.clone() for t in (params[i], grads[i], deltas[i])]
         kernel.measure(params[i : i + 1], grads[i : i + 1], deltas[i : i + 1])
         assert all(torch.equal(a, b) for a, b in zip(copies, (params[i], grads[i], deltas[i]), strict=True))
         chosen = None if compensations is None else compensations[i : i + 1]
         start = before[i].clone()
-        kernel.move(params[i : i + 1], before[i : i + 1], deltas[i : i + 1], chosen, *scales)
+        kernel.move(params[i : i + 1], before[i : i + 1], deltas[i : i + 1], chosen, numbers)
         assert torch.equal(before[i], start)
     assert_all_close(deltas, ref_deltas, dtype)
     if compensations is None:
@@ -96,7 +101,7 @@ def test_move_is_the_formula_of_the_paper(kernel, dtype):
     old, new = torch.tensor(0.3, dtype=dtype), torch.tensor(0.5, dtype=dtype)
     x_ref = [b.double() - old.double() * d.double() for b, d in zip(before, deltas, strict=True)]
     delta = [d.double() + (x.double() - b.double()) for x, b, d in zip(params, before, deltas, strict=True)]
-    kernel.move(params, before, deltas, None, old, new)
+    kernel.move(params, before, deltas, None, Scales(old, new))
     assert_all_close([d.double() for d in deltas], delta, dtype)
     assert_all_close(
         [p.double() for p in params], [r + new.double() * d for r, d in zip(x_ref, delta, strict=True)], dtype
@@ -107,10 +112,11 @@ def test_move_is_the_formula_of_the_paper(kernel, dtype):
 def test_a_plain_step_is_that_of_the_base_scaled(kernel, dtype):
     """And what is kept goes a part of the way to where the weights were."""
     params, before, _, references, _ = problem(dtype)
-    old, new, part = (torch.tensor(number, dtype=dtype) for number in (7.0, 0.5, 0.3))
+    numbers = scales(dtype, 7.0, 0.5, 0.3)
     steps = [b.double() + 0.5 * (x.double() - b.double()) for x, b in zip(params, before, strict=True)]
-    nearer = [r.double() + part.double() * (b.double() - r.double()) for r, b in zip(references, before, strict=True)]
-    kernel.move(params, before, references, None, old, new, part)
+    follow = numbers.follow.double()
+    nearer = [r.double() + follow * (b.double() - r.double()) for r, b in zip(references, before, strict=True)]
+    kernel.move(params, before, references, None, numbers)
     assert_all_close([p.double() for p in params], steps, dtype)
     assert_all_close([r.double() for r in references], nearer, dtype)
 
@@ -141,7 +147,7 @@ def test_compensation_keeps_what_rounding_takes(kernel, dtype):
         before, scale = x.clone(), 6e-5 * torch.rand(())
         x += 1.0  # the base's update, which the scale makes small
         exact += scale.double() * (x.double() - before.double())
-        kernel.move([x], [before], [delta], [compensation], torch.zeros(()), scale)
+        kernel.move([x], [before], [delta], [compensation], Scales(torch.zeros(()), scale))
         delta.zero_()
     assert (exact - start).min() > 8e-3
     # Weight and compensation have 8 significant bits each: 300 roundings of at most 8e-6, at random.
@@ -152,7 +158,7 @@ def test_compensation_of_an_overwritten_weight_is_dropped(kernel):
     x, delta = torch.tensor([1.0, 0.0], dtype=torch.bfloat16), torch.zeros(2)
     compensation = torch.tensor([2**-10, 2**-10], dtype=torch.bfloat16)  # plausible for 1, impossible for 0
     zero = torch.zeros(())
-    kernel.move([x], [x.clone()], [delta], [compensation], zero, zero)
+    kernel.move([x], [x.clone()], [delta], [compensation], Scales(zero, zero))
     assert x.tolist() == [1.0, 0.0]
     assert compensation.tolist() == [2**-10, 0.0]
 
@@ -162,7 +168,7 @@ def test_a_weight_that_does_not_move_keeps_its_compensation_to_the_bit(kernel):
     x, delta = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16), torch.ones(2)
     compensation = torch.tensor([2**-8, 2**-8], dtype=torch.bfloat16)
     scale = torch.tensor(0.5)
-    kernel.move([x], [x.clone()], [delta], [compensation], scale, scale)
+    kernel.move([x], [x.clone()], [delta], [compensation], Scales(scale, scale))
     assert x.tolist() == [1.0, 1.0078125]
     assert compensation.tolist() == [2**-8, 2**-8]
 

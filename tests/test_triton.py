@@ -67,17 +67,17 @@ def test_measure_groups_gradients_of_other_dtypes(launches):
 def test_empty_tensors_need_no_launch(launches):
     empty = [torch.empty(0, 3, device=DEVICE), torch.empty(0, device=DEVICE)]
     assert kernel.measure(empty, empty, empty, empty).tolist() == [0.0] * 4
-    kernel.move(empty, empty, empty, None, torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
+    kernel.move(empty, empty, empty, None, scales(torch.float32, 1.0, 1.0))
     assert set(launches().values()) == {0}
 
 
 # Base step and move in one launch.
 
 
-def expected_step(rule, params, grads, deltas, compensations, *numbers):
+def expected_step(rule, params, grads, deltas, compensations, numbers):
     before = [x.clone() for x in params]
     rule.apply(params, grads, rule.states, range(len(params)))
-    for_loop.move(params, before, deltas, compensations, *numbers)
+    for_loop.move(params, before, deltas, compensations, numbers)
 
 
 def tensors_of(rule, params, grads, deltas, compensations):
@@ -98,7 +98,7 @@ def test_step_and_move_is_the_bases_step_and_move(name, dtype, scaled):
                 torch._foreach_add_(ours[0].steps, 1)
             for g in ours[2]:
                 g.add_(0.1 * t)
-            step(*ours, *scales(dtype, 0.1 * t, 0.1 * t + 0.1, *([0.7] if t == 1 else [])))
+            step(*ours, scales(dtype, 0.1 * t, 0.1 * t + 0.1, *([0.7] if t == 1 else [])))
         results.append(tensors_of(*ours))
     close = dict(TOLERANCE[dtype])
     if DEVICE == "cuda" and dtype == torch.float32:
@@ -121,7 +121,7 @@ def test_step_and_move_in_less_than_32_bits(name, dtype):
     for step in (kernel.step_and_move, expected_step):
         ours = step_problem(name, dtype)
         ours[0].options.update(beta1=1 - 2**-3, beta2=1 - 2**-4)
-        step(*ours, *scales(dtype, 0.2, 0.5, 0.6))
+        step(*ours, scales(dtype, 0.2, 0.5, 0.6))
         results.append([t.float().flatten() for t in tensors_of(*ours)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=2**-6, atol=2**-6)
@@ -141,8 +141,8 @@ def test_sgd_in_less_than_32_bits(name):
             g = g + o["momentum"] * buffer
         after.append((x.float() - o["lr"] * g).bfloat16())
     expected = [d.clone() for d in deltas], [c.clone() for c in compensations]
-    for_loop.move(after, before, *expected, *scales(torch.bfloat16))
-    kernel.step_and_move(rule, params, grads, deltas, compensations, *scales(torch.bfloat16))
+    for_loop.move(after, before, *expected, scales(torch.bfloat16))
+    kernel.step_and_move(rule, params, grads, deltas, compensations, scales(torch.bfloat16))
     actual = [*params, *deltas, *compensations]
     for a, e in zip(actual, [*after, *expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(a, e, rtol=2**-6, atol=2**-6)
@@ -155,7 +155,7 @@ def test_nothing_changes_where_something_is_infinite(name):
     ours = step_problem(name, torch.bfloat16, **scaler)
     ours[2][0][3], ours[2][1][7] = float("inf"), float("nan")
     saved = [t.clone() for t in tensors_of(*ours)]
-    kernel.step_and_move(*ours, *scales(torch.bfloat16))
+    kernel.step_and_move(*ours, scales(torch.bfloat16))
     for a, b in zip(tensors_of(*ours), saved, strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
@@ -177,7 +177,7 @@ def test_only_what_must_change_is_written(dtype):
     params, grads, deltas, compensations, *states = lists
     rule = ours[0]._replace(states=states)
     saved = [arena.clone() for arena in arenas]
-    kernel.step_and_move(rule, params, grads, deltas, compensations or None, *scales(dtype))
+    kernel.step_and_move(rule, params, grads, deltas, compensations or None, scales(dtype))
     for k, (arena, old) in enumerate(zip(arenas, saved, strict=True)):
         assert torch.equal(arena[old == 77], old[old == 77])
         if lists[k]:
@@ -188,7 +188,7 @@ def test_the_same_bits_every_time():
     results = []
     for _ in range(2):
         ours = step_problem("adam_amsgrad", torch.float32)
-        kernel.step_and_move(*ours, *scales(torch.float32))
+        kernel.step_and_move(*ours, scales(torch.float32))
         results.append(tensors_of(*ours))
     assert all(map(torch.equal, *results))
 
@@ -217,8 +217,8 @@ def test_one_launch_whatever_the_number_of_tensors(n, launches):
     before = [torch.empty_like(t) for t in x]
     kernel.measure(x, g, delta, before)
     assert launches() == {"_measure": 1, "_step": 0}
-    kernel.move(x, before, delta, None, *scales(torch.float32))
-    kernel.step_and_move(rule, x, g, delta, None, *scales(torch.float32))
+    kernel.move(x, before, delta, None, scales(torch.float32))
+    kernel.step_and_move(rule, x, g, delta, None, scales(torch.float32))
     assert launches() == {"_measure": 1, "_step": 2}
 
 
@@ -226,7 +226,7 @@ def test_the_table_is_made_once():
     ours = step_problem("adamw", torch.float32)
     for t in range(3):
         kernel.measure(*ours[1:4])
-        kernel.step_and_move(*ours, *scales(torch.float32))
+        kernel.step_and_move(*ours, scales(torch.float32))
         if t == 0:
             made = kernel._work.cache_info().misses, kernel._constants.cache_info().misses
     assert made == (2, 1)
@@ -248,10 +248,10 @@ def test_a_graph_gets_tables_of_its_own(monkeypatch):
         patch.setattr(kernel, "_is_capturing", lambda _: True)
         patch.setattr(torch, "tensor", None)
         sums = kernel.measure(*ours[1:4])
-        kernel.step_and_move(*ours, *both)
+        kernel.step_and_move(*ours, both)
     assert kernel._work.cache_info().currsize == kernel._constants.cache_info().currsize == 0
     torch.testing.assert_close(sums, for_loop.measure(*others[1:4]), rtol=1e-5, atol=0.01)
-    expected_step(*others, *both)
+    expected_step(*others, both)
     assert_all_close(tensors_of(*ours), tensors_of(*others), torch.float32)
 
 
@@ -259,13 +259,13 @@ def test_a_graph_gets_tables_of_its_own(monkeypatch):
 def test_a_captured_step_can_be_replayed():
     ours, others, warm_up = (step_problem("adamw", torch.float32) for _ in range(3))
     both = scales(torch.float32)
-    kernel.step_and_move(*warm_up, *both)
+    kernel.step_and_move(*warm_up, both)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.step_and_move(*ours, *both)
+        kernel.step_and_move(*ours, both)
     for _ in range(3):
         graph.replay()
-        kernel.step_and_move(*others, *both)
+        kernel.step_and_move(*others, both)
     assert all(map(torch.equal, tensors_of(*ours), tensors_of(*others)))
 
 
@@ -287,7 +287,7 @@ def test_autograd_notices():
     x, delta = torch.randn(3, device=DEVICE, requires_grad=True), torch.zeros(3, device=DEVICE)
     loss = x.square().sum()
     with torch.no_grad():
-        kernel.move([x], [torch.zeros_like(x)], [delta], None, *scales(torch.float32))
+        kernel.move([x], [torch.zeros_like(x)], [delta], None, scales(torch.float32))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -332,8 +332,8 @@ for name, dtype in [("sgd", torch.bfloat16), ("sgd_nesterov", torch.float64), ("
     rule, params, grads, kept, compensations = step_problem(name, dtype, torch.ones(()), torch.ones(()))
     for numbers in [(0.2, 0.5), (0.5, 0.5, 0.1)]:
         kernel.measure(params, grads, kept, params, compensations, len(numbers) == 3)
-        kernel.move(params, grads, kept, compensations, *scales(dtype, *numbers))
-        kernel.step_and_move(rule, params, grads, kept, compensations, *scales(dtype, *numbers))
+        kernel.move(params, grads, kept, compensations, scales(dtype, *numbers))
+        kernel.step_and_move(rule, params, grads, kept, compensations, scales(dtype, *numbers))
 assert len(made) == 18
 for i, asm in enumerate(made):
     assert "ld.global.v" in asm["ptx"] and "st.global.v" in asm["ptx"], "whole blocks move 16 bytes at a time"

@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 
 from mechanic_pytorch._config import TuneParams, TunerState
+from mechanic_pytorch.kernels.arguments import Scales
 
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is more is rounding
@@ -122,12 +123,12 @@ class Learned(NamedTuple):
         follow = None if self.follow is None else torch.where(rows, 0.0, self.follow)
         return self._replace(state=state, follow=follow)
 
-    def scales(self, old: TunerState) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    def scales(self, old: TunerState) -> Scales:
         """Return the numbers by which a kernel moves, shape (G,) each."""
         scale = self.state.scales.sum(-1)
         if self.length is None or self.follow is None:
-            return old.scales.sum(-1), scale
-        return self.length * scale, self.length * scale, self.follow
+            return Scales(old.scales.sum(-1), scale)
+        return Scales(self.length * scale, self.length * scale, self.follow)
 
 
 def bounded(state: TunerState, limit: Tensor | None) -> TunerState:

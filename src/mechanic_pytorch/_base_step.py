@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from mechanic_pytorch._buckets import PER_PARAMETER, Work
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import can_sync, has_values, reads_found_inf, requires_closure, unwrapped
+from mechanic_pytorch.kernels.arguments import Scales
 
 
 class Skipper(Enum):
@@ -203,7 +204,7 @@ class TwoPasses:
         """Let the base step."""
         self._base.call(self._work, skip, skipper)
 
-    def move(self, scales: Sequence[Tensor], skip: Tensor) -> None:
+    def move(self, scales: Scales, skip: Tensor) -> None:
         """Rescale what the base has done."""
         self._work.move(scales)
 

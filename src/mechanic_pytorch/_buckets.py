@@ -16,6 +16,7 @@ from mechanic_pytorch import kernels
 from mechanic_pytorch._config import Config
 from mechanic_pytorch.distributed import ShardGroups, is_dtensor, local, shard_groups, sum_over_processes
 from mechanic_pytorch.kernels import Kernel
+from mechanic_pytorch.kernels.arguments import Scales
 
 # What is stored for each parameter, in `optimizer.state[p]`: one slot; below 32 bits, also the compensation.
 DELTA = "mechanic_delta"  # the sum of updates
@@ -168,11 +169,11 @@ class Work:
         """Return the length of the update that the base has just made, for each row, shape (G,)."""
         return self.total(Bucket.measure_update, like=like)[:, 0].sqrt()
 
-    def move(self, scales: Sequence[Tensor]) -> None:
-        """Rescale the step that the base has made; `scales` are what kernels take, shape (G,) each."""
+    def move(self, scales: Scales) -> None:
+        """Rescale the step that the base has made; `scales` have shape (G,)."""
         for bucket in self.buckets:
-            converted = (scale[bucket.row].to(bucket.stored[0]) for scale in scales)
-            bucket.kernel.move(bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, *converted)
+            here = scales.of_row(bucket.row, like=bucket.stored[0])
+            bucket.kernel.move(bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, here)
 
     def commit(self, state: State, record: Callable[[], object]) -> None:
         """Write down a step whose weights have moved, and finish even if interrupted.

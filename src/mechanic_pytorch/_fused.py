@@ -18,6 +18,7 @@ from mechanic_pytorch._base_step import BaseStep, Skipper
 from mechanic_pytorch._buckets import Work
 from mechanic_pytorch._torch import is_capturing, unwrapped
 from mechanic_pytorch.distributed import local
+from mechanic_pytorch.kernels.arguments import Scales
 from mechanic_pytorch.kernels.rule import Rule
 
 
@@ -36,11 +37,11 @@ class OnePass:
     def step(self, skip: Tensor, skipper: Skipper) -> None:
         """Do nothing yet."""
 
-    def move(self, scales: Sequence[Tensor], skip: Tensor) -> None:
+    def move(self, scales: Scales, skip: Tensor) -> None:
         """Make the base's step and rescale it, for all buckets; where `skip` is true, change nothing.
 
         Args:
-            scales: what kernels take after the compensations, shape (G,) each.
+            scales: of shape (G,).
             skip: whether to change nothing, shape ().
         """
         for bucket, rule in zip(self._work.buckets, self._rules, strict=True):
@@ -55,7 +56,7 @@ class OnePass:
                 bucket.grads,
                 bucket.stored,
                 bucket.compensations or None,
-                *(scale[bucket.row].to(bucket.stored[0]) for scale in scales),
+                scales.of_row(bucket.row, like=bucket.stored[0]),
             )
 
 

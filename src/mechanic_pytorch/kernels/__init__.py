@@ -13,27 +13,27 @@ so they may be added over buckets, devices and shards. `copies` is None, or tens
 their values on the way: what `move` wants as `before`. With `plain=True` it takes `kept` for x_ref, and for delta the
 way `x + compensation - x_ref`.
 
-`move(params, before, kept, compensations, old_scale, new_scale)` is called after the base optimizer has turned
-`before` into `params`. It changes these in place, and nothing else:
+`move(params, before, kept, compensations, scales)` is called after the base optimizer has turned `before` into
+`params`. It changes these in place, and nothing else (`arguments.py` says what scales are):
 
     update = params - before
-    params = before + (new_scale - old_scale) * delta + new_scale * update
+    params = before + (scales.new - scales.old) * delta + scales.new * update
     delta  = delta + update
 
-which is `before + new_scale * delta_new - old_scale * delta_old` with less cancellation. With a seventh number, `part`,
-it takes `kept` for x_ref, and the step is plain:
+which is `before + scales.new * delta_new - scales.old * delta_old` with less cancellation. Where `scales.follow` is
+given, it takes `kept` for x_ref, and the step is plain:
 
-    params = before + new_scale * update
-    x_ref  = x_ref + part * (before - x_ref)
+    params = before + scales.new * update
+    x_ref  = x_ref + scales.follow * (before - x_ref)
 
-The numbers are tensors of shape (). `compensations` is None, or, for parameters of less than 32 bits, one tensor per
+The scales are tensors of shape (). `compensations` is None, or, for parameters of less than 32 bits, one tensor per
 parameter that holds what rounding took from it (Kahan): it is added back before the move and renewed after it. A
-compensation that could not come from rounding its parameter belongs to a value that somebody has since overwritten, and
+compensation that could not come from rounding its parameter belongs to a value that someone has since overwritten, and
 counts as zero.
 
-A kernel may also have `step_and_move(rule, params, grads, kept, compensations, old_scale, new_scale, part)`, which
-makes the step of a base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`,
-which tells whether it can for these tensors. The result is that of the base's step and then `move`, but for rounding.
+A kernel may also have `step_and_move(rule, params, grads, kept, compensations, scales)`, which makes the step of a base
+whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`, which returns True if it
+can for these tensors. The result is that of the base's step and then `move`, but for rounding.
 
 `for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
 """
@@ -41,13 +41,13 @@ which tells whether it can for these tensors. The result is that of the base's s
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
+from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.checked import Checked
 
 __all__ = ["KERNELS", "Kernel", "in_use", "missing_for_triton", "select"]
@@ -58,11 +58,11 @@ class Kernel(Protocol):
 
     def measure(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        copies: Sequence[Tensor] | None = None,
-        compensations: Sequence[Tensor] | None = None,
+        params: Tensors,
+        grads: Tensors,
+        kept: Tensors,
+        copies: Tensors | None = None,
+        compensations: Tensors | None = None,
         plain: bool = False,
     ) -> Tensor:
         """Return the four sums, and fill the copies."""
@@ -70,13 +70,11 @@ class Kernel(Protocol):
 
     def move(
         self,
-        params: Sequence[Tensor],
-        before: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        compensations: Sequence[Tensor] | None,
-        old_scale: Tensor,
-        new_scale: Tensor,
-        part: Tensor | None = None,
+        params: Tensors,
+        before: Tensors,
+        kept: Tensors,
+        compensations: Tensors | None,
+        scales: Scales,
     ) -> None:
         """Rescale the base's step, in place."""
         ...

@@ -4,7 +4,7 @@ A block is a slice of a large tensor, or a pack: some small tensors, copied side
 blocks, too (`step_and_move`), where it makes the update of a block in a buffer of that size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mechanic_pytorch.kernels import for_loop, foreach
+from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.rule import Rule
 
 Part: TypeAlias = Tensor | tuple[Tensor, ...]  # what a block has of one list: a slice, or the tensors of a pack
@@ -24,11 +25,11 @@ PACK = 2**17  # until there are so many numbers: the memory of larger copies goe
 
 
 def measure(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    copies: Sequence[Tensor] | None = None,
-    compensations: Sequence[Tensor] | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    copies: Tensors | None = None,
+    compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
@@ -51,33 +52,28 @@ def measure(
 
 
 def move(
-    params: Sequence[Tensor],
-    before: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    before: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    scales = old_scale, new_scale, part
     lists = [params, before, kept, *([] if compensations is None else [compensations])]
     for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
-            _move_slice(xs - starts, starts, ours[0], *scales, out=xs)
+            _move_slice(xs - starts, starts, ours[0], scales, out=xs)
         else:
             _move_pack(_line(xs), _line(starts), xs, *ours, scales=scales)
 
 
 def step_and_move(
     rule: Rule,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Make the base's step and rescale it, in place."""
     lists = [params, grads, kept, *([] if compensations is None else [compensations])]
@@ -89,7 +85,7 @@ def step_and_move(
             start = _line(xs)
             after = start.clone()
             rule.apply(_unpacked(after, _tensors(xs)), _tensors(gs), states, indices)
-            _move_pack(after, start, xs, *ours, scales=(old_scale, new_scale, part))
+            _move_pack(after, start, xs, *ours, scales=scales)
             continue
         factor = 1.0 if shrink is None else -shrink
         line = torch.mul(xs, factor, out=scratch[: len(xs)]) if isinstance(xs, Tensor) else _packed(xs).mul_(factor)
@@ -98,15 +94,15 @@ def step_and_move(
         rest.apply(updates, gs, states, indices)
         if shrink is None:
             torch._foreach_sub_(updates, xs)
-        if part is None:
-            _sgd(xs, updates, ks, lr=old_scale - new_scale)
-            _sgd(xs, updates, (), lr=-old_scale)
+        if scales.follow is None:
+            _sgd(xs, updates, ks, lr=scales.old - scales.new)
+            _sgd(xs, updates, (), lr=-scales.old)
         else:
-            _renew(ks, updates, xs, part)
-            _sgd(xs, updates, (), lr=-new_scale)
+            _renew(ks, updates, xs, scales.follow)
+            _sgd(xs, updates, (), lr=-scales.new)
 
 
-def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+def can_step(params: Tensors, *others: Tensors) -> bool:
     """Return True if all tensors of each parameter lie in memory in the same order, as `step_and_move` needs them."""
     if all([t.is_contiguous() for tensors in (params, *others) for t in tensors]):  # noqa: C419  # see _aligned
         return True
@@ -119,31 +115,23 @@ def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tens
     torch._fused_sgd_(xs, updates, deltas, lr=lr, momentum=1.0 if deltas else 0.0, **options)  # type: ignore[call-overload]
 
 
-def _move_slice(
-    update: Tensor,
-    start: Tensor,
-    kept: Tensor,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None,
-    out: Tensor,
-) -> None:
-    if part is None:
-        torch.addcmul(start, kept, new_scale - old_scale, out=out)
-        out.addcmul_(update, new_scale)
+def _move_slice(update: Tensor, start: Tensor, kept: Tensor, scales: Scales, out: Tensor) -> None:
+    if scales.follow is None:
+        torch.addcmul(start, kept, scales.new - scales.old, out=out)
+        out.addcmul_(update, scales.new)
     else:
-        torch.addcmul(start, update, new_scale, out=out)
-    _renew((kept,), (update,), (start,), part)
+        torch.addcmul(start, update, scales.new, out=out)
+    _renew((kept,), (update,), (start,), scales.follow)
 
 
 def _renew(
-    kept: tuple[Tensor, ...], updates: tuple[Tensor, ...], starts: tuple[Tensor, ...], part: Tensor | None
+    kept: tuple[Tensor, ...], updates: tuple[Tensor, ...], starts: tuple[Tensor, ...], follow: Tensor | None
 ) -> None:
     """Do what `foreach.renew` does; of a single one in one pass."""
-    if part is not None and len(kept) == 1:
-        kept[0].lerp_(starts[0], part)
+    if follow is not None and len(kept) == 1:
+        kept[0].lerp_(starts[0], follow)
     else:
-        foreach.renew(kept, updates, starts, part)
+        foreach.renew(kept, updates, starts, follow)
 
 
 def _move_pack(
@@ -153,12 +141,12 @@ def _move_pack(
     kept: Part,
     compensations: Part | None = None,
     *,
-    scales: tuple[Tensor, Tensor, Tensor | None],
+    scales: Scales,
 ) -> None:
     line_kept = _line(kept)
     if compensations is not None:
         compensation = _line(compensations)
-        for_loop.move([after], [start], [line_kept], [compensation], *scales)
+        for_loop.move([after], [start], [line_kept], [compensation], scales)
         for line, to in [(after, xs), (line_kept, kept), (compensation, compensations)]:
             if line is not to:
                 _copy(to, line if isinstance(to, Tensor) else _unpacked(line, to))
@@ -166,16 +154,15 @@ def _move_pack(
     xs, kept = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", kept)
     update = after.sub_(start)
     pieces = _unpacked(update, xs)  # they share its memory
-    old_scale, new_scale, part = scales
-    _renew(kept, pieces, _unpacked(start, xs), part)
-    update.mul_(new_scale)
-    if part is None:
-        update.addcmul_(line_kept, new_scale - old_scale)
+    _renew(kept, pieces, _unpacked(start, xs), scales.follow)
+    update.mul_(scales.new)
+    if scales.follow is None:
+        update.addcmul_(line_kept, scales.new - scales.old)
     update.add_(start)
     torch._foreach_copy_(xs, pieces)
 
 
-def _blocks(*lists: Sequence[Tensor], small: int) -> Iterator[tuple[Any, ...]]:
+def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:
     """Yield indices into the lists and, for each list, the corresponding part of its tensors; packs of `small` ones."""
     pack: list[tuple[Any, ...]] = []
     size = 0
@@ -201,7 +188,7 @@ def _blocks(*lists: Sequence[Tensor], small: int) -> Iterator[tuple[Any, ...]]:
         yield tuple(zip(*pack, strict=True))
 
 
-def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
+def _aligned(tensors: Tensors) -> Tensors | None:
     """Return contiguous views of tensors that lie in memory in the same order, without gaps; else None."""
     if all([t.is_contiguous() for t in tensors]):  # noqa: C419  # a list is faster than a generator
         return tensors
@@ -231,6 +218,6 @@ def _packed(tensors: tuple[Tensor, ...]) -> Tensor:
     return line.clone() if len(tensors) == 1 else line  # of one tensor, torch returns a view
 
 
-def _unpacked(line: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _unpacked(line: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
     """Return the places in a line where `_packed` put each tensor, in its shape."""
     return _unflatten_dense_tensors(line, tensors)  # type: ignore[no-any-return,no-untyped-call]

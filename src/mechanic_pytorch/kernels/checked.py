@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.rule import Rule
 
+SHOWN = (0.3, 0.5, 0.25)  # scales by which kernels are compared
 BEGINNING = 2**12  # numbers of each tensor that are compared
 # Of the largest number of a list: its sums are added in another order, or a few numbers rounded differently.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 2**-5, torch.float16: 2**-8}
@@ -39,11 +41,11 @@ class Checked:
 
     def measure(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        copies: Sequence[Tensor] | None = None,
-        compensations: Sequence[Tensor] | None = None,
+        params: Tensors,
+        grads: Tensors,
+        kept: Tensors,
+        copies: Tensors | None = None,
+        compensations: Tensors | None = None,
         plain: bool = False,
     ) -> Tensor:
         """Return the four sums, and fill the copies."""
@@ -61,50 +63,46 @@ class Checked:
 
     def move(
         self,
-        params: Sequence[Tensor],
-        before: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        compensations: Sequence[Tensor] | None,
-        old_scale: Tensor,
-        new_scale: Tensor,
-        part: Tensor | None = None,
+        params: Tensors,
+        before: Tensors,
+        kept: Tensors,
+        compensations: Tensors | None,
+        scales: Scales,
     ) -> None:
         """Rescale the base optimizer's step from `before` to `params`, in place."""
-        numbers = _numbers(old_scale, new_scale, part)
+        shown = _shown(scales)
 
         def call(kernel: Any, params: Any, before: Any, kept: Any, compensations: Any) -> list[Tensor]:
-            kernel.move(params, before, kept, compensations, *numbers)
+            kernel.move(params, before, kept, compensations, shown)
             return _results(params, kept, compensations)
 
-        kernel = self._chosen(("move", part is None), [params, before, kept, compensations], call)
-        kernel.move(params, before, kept, compensations, old_scale, new_scale, part)
+        kernel = self._chosen(("move", scales.follow is None), [params, before, kept, compensations], call)
+        kernel.move(params, before, kept, compensations, scales)
 
     def step_and_move(
         self,
         rule: Rule,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        compensations: Sequence[Tensor] | None,
-        old_scale: Tensor,
-        new_scale: Tensor,
-        part: Tensor | None = None,
+        params: Tensors,
+        grads: Tensors,
+        kept: Tensors,
+        compensations: Tensors | None,
+        scales: Scales,
     ) -> None:
         """Make the base's step and rescale it, in place."""
-        options, numbers = rule.options, _numbers(old_scale, new_scale, part)
+        options, shown = rule.options, _shown(scales)
         steps_at_all = {"found_inf": torch.zeros_like(options["found_inf"])} if "found_inf" in options else {}
 
         def call(kernel: Any, params: Any, grads: Any, kept: Any, compensations: Any, *states: Any) -> list[Tensor]:
             here = rule._replace(states=states, options={**options, **steps_at_all})
-            kernel.step_and_move(here, params, grads, kept, compensations, *numbers)
+            kernel.step_and_move(here, params, grads, kept, compensations, shown)
             return [*_results(params, kept, compensations), *(t for state in states for t in state)]
 
         flags = options.get("nesterov"), options["maximize"], options.get("grad_scale") is None
         lists = [params, grads, kept, compensations, *rule.states]
-        kernel = self._chosen(("step_and_move", rule.function, flags, part is None), lists, call)
-        kernel.step_and_move(rule, params, grads, kept, compensations, old_scale, new_scale, part)
+        kernel = self._chosen(("step_and_move", rule.function, flags, scales.follow is None), lists, call)
+        kernel.step_and_move(rule, params, grads, kept, compensations, scales)
 
-    def can_step(self, params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+    def can_step(self, params: Tensors, *others: Tensors) -> bool:
         """Return True if `step_and_move` can be called."""
         if not params or params[0].device in self.failures:
             return False
@@ -115,9 +113,7 @@ class Checked:
             return False
         return bool(kernel.can_step(params, *others))
 
-    def _chosen(
-        self, variant: tuple[Any, ...], lists: Sequence[Sequence[Tensor] | None], call: Callable[..., Any]
-    ) -> Any:
+    def _chosen(self, variant: tuple[Any, ...], lists: Sequence[Tensors | None], call: Callable[..., Any]) -> Any:
         """Return the kernel to call, after a comparison if this variant is new."""
         first = lists[0]
         if not first or first[0].device in self.failures:
@@ -152,7 +148,7 @@ class Checked:
         )
 
 
-def _beginnings(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+def _beginnings(tensors: Tensors | None) -> list[Tensor] | None:
     """Return copies of the first numbers of each tensor, finite, hardly any 0, at addresses as odd as theirs."""
     if tensors is None:
         return None
@@ -169,12 +165,18 @@ def _beginnings(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
     return copies
 
 
-def _numbers(*given: Tensor | None) -> list[Tensor | None]:
+def _shown(scales: Scales) -> Scales:
     """Return other scales in the place of those given, which may be too small at first to show a difference."""
-    return [None if n is None else torch.full_like(n, v) for n, v in zip(given, (0.3, 0.5, 0.25), strict=True)]
+    old, new, follow = SHOWN
+    plain = scales.follow is not None
+    return Scales(
+        torch.full_like(scales.old, old),
+        torch.full_like(scales.new, new),
+        torch.full_like(scales.new, follow) if plain else None,
+    )
 
 
-def _results(params: Sequence[Tensor], kept: Sequence[Tensor], compensations: Sequence[Tensor] | None) -> list[Tensor]:
+def _results(params: Tensors, kept: Tensors, compensations: Tensors | None) -> list[Tensor]:
     """Return what was moved, in the dtype and with the size of parameters: of these, rounding moves what is kept."""
     exact = params if compensations is None else torch._foreach_add(list(compensations), list(params))
     pairs = zip(params, exact, kept, strict=True)

@@ -1,17 +1,17 @@
 """The reference kernel: one tensor at a time, nothing clever. See the package docstring for the contract."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from mechanic_pytorch.kernels.arguments import Scales, Tensors
+
 
 def measure(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    copies: Sequence[Tensor] | None = None,
-    compensations: Sequence[Tensor] | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    copies: Tensors | None = None,
+    compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
@@ -27,24 +27,22 @@ def measure(
 
 
 def move(
-    params: Sequence[Tensor],
-    before: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    before: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
     for i, (x, x_before, ours) in enumerate(zip(params, before, kept, strict=True)):
         start = x_before.to(ours.dtype)
         update = x.to(ours.dtype) - start
-        if part is None:
-            step = (new_scale - old_scale) * ours + new_scale * update
+        if scales.follow is None:
+            step = (scales.new - scales.old) * ours + scales.new * update
             ours += update
         else:
-            step = new_scale * update
-            ours += part * (start - ours)
+            step = scales.new * update
+            ours += scales.follow * (start - ours)
         if compensations is None:
             x.copy_(start + step)
         else:

@@ -4,24 +4,22 @@ The lists are worked through in chunks, so that the scratch memory does not grow
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.rule import Rule
-
-Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 CHUNK = 2**24  # numbers: enough to fill a GPU, and some arrays of them are little beside a model that is larger
 
 
 def measure(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    copies: Sequence[Tensor] | None = None,
-    compensations: Sequence[Tensor] | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    copies: Tensors | None = None,
+    compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
@@ -33,28 +31,24 @@ def measure(
 
 
 def move(
-    params: Sequence[Tensor],
-    before: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    before: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
     for lists in _chunks(params, before, kept, *([] if compensations is None else [compensations])):
-        _move(*lists, old_scale=old_scale, new_scale=new_scale, part=part)
+        _move(*lists, scales=scales)
 
 
 def step_and_move(
     rule: Rule,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Make the base's step and rescale it, in place."""
     before = [x.clone() for x in params]
@@ -62,21 +56,21 @@ def step_and_move(
     if not isinstance(lr, Tensor):  # a number would be compiled in, again for every new one
         rule = rule._replace(options={**rule.options, "lr": torch.full((), lr, dtype=torch.float32)})
     rule.apply(params, grads, rule.states, range(len(params)))
-    move(params, before, kept, compensations, old_scale, new_scale, part)
+    move(params, before, kept, compensations, scales)
 
 
-def can_step(*lists: Sequence[Tensor]) -> bool:
+def can_step(*lists: Tensors) -> bool:
     """Return True only for a compiler, which cannot look into the fused steps of torch's own classes."""
     return torch.compiler.is_compiling()
 
 
-def _chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+def _chunks(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
     """Yield shorter lists of corresponding tensors, or of slices where a tensor is larger than a chunk."""
-    chunk: list[Sequence[Tensor]] = []
+    chunk: list[Tensors] = []
     size = 0
     for tensors in zip(*lists, strict=True):
         n = tensors[0].numel()
-        pieces: Sequence[Sequence[Tensor]] = [tensors]
+        pieces: Sequence[Tensors] = [tensors]
         if n > CHUNK and all(t.is_contiguous() for t in tensors):
             slices = [t.view(-1).split(CHUNK) for t in tensors]
             pieces = list(zip(*slices, strict=True))
@@ -112,11 +106,11 @@ def _measure(
     return torch.stack([*products, *squares])
 
 
-def renew(kept: Tensors, updates: Tensors, starts: Tensors, part: Tensor | None) -> None:
-    """Make delta = delta + update; or, of a plain step, x_ref = x_ref + part * (start - x_ref)."""
-    if part is not None:
+def renew(kept: Tensors, updates: Tensors, starts: Tensors, follow: Tensor | None) -> None:
+    """Make delta = delta + update; or, of a plain step, x_ref = x_ref + follow * (start - x_ref)."""
+    if follow is not None:
         updates = torch._foreach_sub(starts, kept)
-        torch._foreach_mul_(updates, part)
+        torch._foreach_mul_(updates, follow)
     torch._foreach_add_(kept, updates)
 
 
@@ -126,19 +120,17 @@ def _move(
     kept: list[Tensor],
     compensations: list[Tensor] | None = None,
     *,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None,
+    scales: Scales,
 ) -> None:
     dtype = kept[0].dtype
     start = [x_before.to(dtype) for x_before in before]
     # Everything large comes first: running out of memory then leaves what is kept as it was.
     update = torch._foreach_sub([x.to(dtype) for x in params], start)
-    step = torch._foreach_mul(update, new_scale)
-    if part is None:
-        torch._foreach_add_(step, torch._foreach_mul(kept, new_scale - old_scale))
+    step = torch._foreach_mul(update, scales.new)
+    if scales.follow is None:
+        torch._foreach_add_(step, torch._foreach_mul(kept, scales.new - scales.old))
     if compensations is None:
-        renew(kept, update, start, part)
+        renew(kept, update, start, scales.follow)
         torch._foreach_copy_(params, before)
         torch._foreach_add_(params, step)
     else:
@@ -147,7 +139,7 @@ def _move(
         overwritten = [u.to(x.dtype) != x for u, x in zip(unrounded, before, strict=True)]
         for tensor, mask in zip(lost, overwritten, strict=True):
             tensor.masked_fill_(mask, 0.0)
-        renew(kept, update, start, part)
+        renew(kept, update, start, scales.follow)
         torch._foreach_add_(start, lost)
         torch._foreach_add_(start, step)
         still = [s == 0 for s in step]  # see for_loop

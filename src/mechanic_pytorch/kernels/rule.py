@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mechanic_pytorch.kernels.arguments import Tensors
+
 
 class Rule(NamedTuple):
     """What torch's own function needs to step some parameters.
@@ -19,16 +21,16 @@ class Rule(NamedTuple):
     """
 
     function: Callable[..., None]
-    states: Sequence[Sequence[Tensor]]
+    states: Sequence[Tensors]
     absent: int
     steps: list[Tensor]
     options: dict[str, Any]
 
     def apply(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
+        params: Tensors,
+        grads: Tensors,
+        states: Sequence[Tensors],
         indices: Sequence[int],
     ) -> None:
         """Step parts of the parameters that have these indices, in place."""

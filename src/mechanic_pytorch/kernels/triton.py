@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.blocks import _aligned
 from mechanic_pytorch.kernels.rule import Rule
 
@@ -51,11 +52,11 @@ class Work(NamedTuple):
 
 
 def measure(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    copies: Sequence[Tensor] | None = None,
-    compensations: Sequence[Tensor] | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    copies: Tensors | None = None,
+    compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
@@ -74,33 +75,29 @@ def measure(
 
 
 def move(
-    params: Sequence[Tensor],
-    before: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    before: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    _move(None, params, before, kept, compensations, old_scale, new_scale, part)
+    _move(None, params, before, kept, compensations, scales)
 
 
 def step_and_move(
     rule: Rule,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None = None,
+    params: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Make the base's step and rescale it, in place."""
-    _move(rule, params, grads, kept, compensations, old_scale, new_scale, part)
+    _move(rule, params, grads, kept, compensations, scales)
 
 
-def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+def can_step(params: Tensors, *others: Tensors) -> bool:
     """Return True if `step_and_move` takes these parameters, gradients, what is kept of them, and states.
 
     All tensors of a parameter must lie in memory in the same order, and have its dtype, except what is kept.
@@ -114,13 +111,11 @@ def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
 
 def _move(
     rule: Rule | None,
-    params: Sequence[Tensor],
-    others: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    compensations: Sequence[Tensor] | None,
-    old_scale: Tensor,
-    new_scale: Tensor,
-    part: Tensor | None,
+    params: Tensors,
+    others: Tensors,
+    kept: Tensors,
+    compensations: Tensors | None,
+    scales: Scales,
 ) -> None:
     """Move to what the base makes of `params` with the gradients `others`; without a rule, it has, from `others`."""
     states = [] if rule is None else rule.states
@@ -139,7 +134,7 @@ def _move(
             "COMPENSATION": None if compensations is None else dtypes[-1],
         }
         flags["BLOCK"] = BLOCK if compensations is None else BLOCK // 2
-        _launch(_step, work, old_scale, new_scale, part, numbers, rates, *scaler, X=x, OTHER=other, D=ours, **flags)
+        _launch(_step, work, *scales, numbers, rates, *scaler, X=x, OTHER=other, D=ours, **flags)
     for weight in params:  # autograd has not seen the kernel write, and could not refuse a graph of the old weights
         torch.autograd.graph.increment_version(weight)
 
@@ -165,7 +160,7 @@ def _numbers(rule: Rule, device: torch.device, n: int) -> tuple[Tensor, Tensor]:
     return _cached(_constants, tuple(map(float, constants)), device), rates
 
 
-def _works(lists: Sequence[Sequence[Tensor]], changed: Sequence[int]) -> Iterator[tuple[tuple[torch.dtype, ...], Work]]:
+def _works(lists: Sequence[Tensors], changed: Sequence[int]) -> Iterator[tuple[tuple[torch.dtype, ...], Work]]:
     """Yield the work for each combination of dtypes. At the end, copy back what the kernel could not change in place.
 
     Args:
@@ -305,7 +300,7 @@ def _step(
     columns,
     old_scale,
     new_scale,
-    part,
+    follow,
     constants,
     rates,
     grad_scale,
@@ -332,8 +327,8 @@ def _step(
     if COMPENSATION is not None:
         compensations = _address(table, 3 + STATES, columns, column, COMPENSATION, ALIGNED)
     old, new = tl.load(old_scale).to(D), tl.load(new_scale).to(D)
-    if part is not None:
-        nearer = tl.load(part).to(D)
+    if follow is not None:
+        nearer = tl.load(follow).to(D)
     if RULE is not None:
         keep1, take1 = tl.load(constants).to(D), tl.load(constants + 1).to(D)
         keep2, take2 = tl.load(constants + 2).to(D), tl.load(constants + 3).to(D)
@@ -382,7 +377,7 @@ def _step(
                 if COMPENSATION is not None:  # the base would have stored it
                     update = (before + update).to(X).to(D) - before
             ours = _load(kept, at, end, tail)
-            if part is None:
+            if follow is None:
                 step = (new - old) * ours + new * update
                 _store(kept, ours + update, at, end, tail)
             else:
