@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import os
 import pickle
 import pydoc
 import re
@@ -15,6 +14,7 @@ import jsonargparse
 import pytest
 import torch
 
+from helpers import environment_of_tests
 from mechanic_pytorch import is_mechanized, mechanize
 from problems import mlp, train
 
@@ -41,9 +41,8 @@ def expected():
 
 
 def in_a_new_process(code, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, check=True, env=environment)
+    return subprocess.run(command, check=True, env=environment_of_tests())
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
