@@ -1,8 +1,15 @@
-"""What many tests compare and count with."""
+"""What many tests compare, count and start processes with."""
 
+import os
+import sys
 from enum import Enum
 
 import torch
+
+
+def environment_of_tests(**more):
+    """Return the environment in which a new Python imports what tests import."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **more}
 
 
 def leaves(value, path="root"):

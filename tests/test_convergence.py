@@ -158,10 +158,10 @@ def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
 
 
 def test_on_a_local_ray(task, tmp_path):
-    """The same jobs, on workers of Ray, which start as processes of their own and know no module of this test."""
+    """The same jobs, on a worker of Ray, which starts as a process of its own and knows no module of this test."""
     path = tmp_path / "results.jsonl"
     few = ["--methods", "ours", "ours-auto", "plain@learned", "--seeds", "0"]
-    command = [*PROGRAM, "--results", path, "--backend", "ray", "--jobs", "2", *few]
+    command = [*PROGRAM, "--results", path, "--backend", "ray", "--jobs", "1", *few]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(

@@ -262,7 +262,7 @@ def test_a_script_finds_the_surroundings_that_python_gives_it(script, tmp_path, 
         assert ours.stdout == plain.stdout
 
 
-def test_it_also_works_in_processes_that_the_script_spawns(script):
+def test_it_also_works_in_processes_that_the_script_spawns(script, run):
     """They train plainly; only that they do is promised."""
     path = script(
         "import torch, torch.multiprocessing as mp\n"
@@ -271,7 +271,7 @@ def test_it_also_works_in_processes_that_the_script_spawns(script):
         "if __name__ == '__main__':\n"
         "    mp.spawn(work, nprocs=1)\n"
     )
-    assert python(*COMMAND, path, check=0).stderr.splitlines() == [NOTHING]
+    assert run(*COMMAND, path).stderr.splitlines() == [NOTHING]
 
 
 # --- what it does -----------------------------------------------------------------------------------------------------

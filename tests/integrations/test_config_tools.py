@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import os
 import pickle
 import pydoc
 import re
@@ -15,6 +14,7 @@ import jsonargparse
 import pytest
 import torch
 
+from helpers import environment_of_tests
 from mechanic_pytorch import is_mechanized, mechanize
 from problems import mlp, train
 
@@ -41,9 +41,8 @@ def expected():
 
 
 def in_a_new_process(code, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, check=True, env=environment)
+    return subprocess.run(command, check=True, env=environment_of_tests())
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -212,6 +211,7 @@ MECHANIZED = {
 
 @pytest.mark.parametrize("name", MECHANIZED)
 def test_cloudpickle_takes_class_and_instance_to_a_new_process(name, tmp_path):
+    """The class as the call that makes it, as pickle does: it is the one that `mechanize` returns there."""
     cls = MECHANIZED[name]
     model = mlp()
     optimizer = cls(model.parameters(), lr=1.0)
@@ -224,8 +224,11 @@ def test_cloudpickle_takes_class_and_instance_to_a_new_process(name, tmp_path):
         with open(sys.argv[1], "rb") as file:
             cls, model, optimizer = pickle.load(file)  # with nothing of ours imported before
 
-        from mechanic_pytorch import Mechanic, is_mechanized
+        from mechanic_pytorch import Mechanic, is_mechanized, mechanize
         from problems import train
+        config = cls.mechanic_config
+        assert cls is mechanize(torch.optim.AdamW, s_decay=config.s_decay, betas=config.betas)
+        assert pickle.loads(pickle.dumps(cls)) is cls
         assert issubclass(cls, Mechanic) and issubclass(cls, torch.optim.AdamW)
         assert type(optimizer) is cls and is_mechanized(optimizer)
         losses = train(model, optimizer, int(sys.argv[3]), first=int(sys.argv[3]))
@@ -240,20 +243,3 @@ def test_cloudpickle_takes_class_and_instance_to_a_new_process(name, tmp_path):
     assert issubclass(cls_back, torch.optim.AdamW)
     assert losses == train(model, optimizer, STEPS, first=STEPS)
     assert torch.equal(scale, optimizer.scale)
-
-
-@pytest.mark.parametrize("name", MECHANIZED)
-def test_cloudpickle_ships_the_class_as_the_call_that_makes_it(name, tmp_path):
-    """As pickle does. The class is then the one that `mechanize` returns there, and pickles on from there."""
-    (tmp_path / "class.pickle").write_bytes(cloudpickle.dumps(MECHANIZED[name]))
-    code = """if True:
-        import pickle, sys, torch
-        with open(sys.argv[1], "rb") as file:
-            cls = pickle.load(file)
-
-        from mechanic_pytorch import mechanize
-        config = cls.mechanic_config
-        assert pickle.loads(pickle.dumps(cls)) is cls
-        assert cls is mechanize(torch.optim.AdamW, s_decay=config.s_decay, betas=config.betas)
-    """
-    in_a_new_process(code, tmp_path / "class.pickle")

@@ -1,7 +1,6 @@
 """Training loops of other packages, on two real processes: equal to one process without them, and resumable."""
 
 import functools
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import frameworks
+from helpers import environment_of_tests
 
 pytestmark = pytest.mark.xdist_group("frameworks")  # one xdist worker: each run is made once
 
@@ -26,8 +26,7 @@ def outcomes(tmp_path_factory):
             launch(framework, 0)  # which saves what the other resumes from
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [frameworks.__file__, framework, str(directory), str(first)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the worker imports what tests import
+        environment = environment_of_tests(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
         files = [directory / f"{framework}-{first}-{rank}.pt" for rank in range(2)]
         assert all(file.exists() for file in files), done.stdout + done.stderr

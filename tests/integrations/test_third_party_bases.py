@@ -25,7 +25,7 @@ from pytorch_optimizer.optimizer.utils.graft import SGDGraft
 from pytorch_optimizer.optimizer.utils.partition import BlockPartitioner, PreConditionerType
 from pytorch_optimizer.optimizer.utils.preconditioner import PreConditioner
 
-from helpers import assert_identical
+from helpers import assert_identical, environment_of_tests
 from mechanic_pytorch import Mechanic, is_mechanized, mechanize
 from problems import full_loss, loss_of, mlp, train
 
@@ -103,8 +103,7 @@ def train_save_and_train(name, case, directory):
 
 
 def resume_in_a_new_process(directory, names):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, __file__, str(directory), *names], check=True, env=environment)
+    subprocess.run([sys.executable, __file__, str(directory), *names], check=True, env=environment_of_tests())
 
 
 def resume(directory, names):
