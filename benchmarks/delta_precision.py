@@ -1,6 +1,6 @@
 """May Mechanic's sum of updates, the float32 "delta", be kept in fewer bits? What training loses when it is rounded.
 
-    MECHANIC_DATA=data python -m benchmarks.delta_precision --fill docs/numerics.md
+    MECHANIC_DATA=data python -m benchmarks.delta_precision --fill docs/design-notes.md
 
 After every step each `optimizer.state[p]["mechanic_delta"]` is rounded in place to what the storage could hold; the
 package is unchanged. All storages of a seed start from the same weights, see the same batches, and are compared seed by
@@ -214,7 +214,7 @@ def main() -> None:
     names = [f"{kind}, {length:,} steps" for kind in ("drift", "no drift") for length in LENGTHS]
     rows = [[storage, *(f"{error:.4f}" for error in errors)] for storage, errors in long.items()]
     made["sums"] = f"### |error| / |sum| of random updates\n\n{markdown_table(['storage', *names], rows)}"
-    small = origin("loss ± standard error; scale: smallest and largest ratio to the same seed in float32")
+    small = origin("loss ± standard error, learned scale from smallest to largest")
     made["summary"] = f"{summary(results, long)}\n\n{small}"
     print_or_fill(options.fill, "delta precision", made)
 

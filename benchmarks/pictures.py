@@ -1,6 +1,6 @@
 """The pictures of `docs/how-it-works.md`: what the tuner does in one run, step by step.
 
-    python -m benchmarks.pictures
+    python -m benchmarks.pictures --fill docs/how-it-works.md
 
 scikit-learn's handwritten digits, a 64-32-10 network, AdamW, batches of 64, 600 steps, cosine after a warm-up of a
 twentieth, one seed. The tuned learning rate is the one of half decades whose final loss is least.
@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from benchmarks.convergence.plan import tuned
+from benchmarks.pages import arguments, origin, print_or_fill
 from benchmarks.shared import cosine, digits, network
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import ReadOut, Trace
@@ -87,7 +88,8 @@ def copies(rows: list[ReadOut], betas: tuple[float, ...]) -> Figure:
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw both, and write how into the page."""
+    page = arguments(__doc__).parse_args().fill
     torch.set_num_threads(1)
     adamw = torch.optim.AdamW
     auto, default = mechanize(adamw, s_init="auto"), mechanize(adamw)
@@ -102,6 +104,8 @@ def main() -> None:
         file = OUTPUT / f"{name}.png"
         figure.savefig(file)
         Image.open(file).quantize(64).save(file, optimize=True)  # a third of the bytes
+    about = "handwritten digits of scikit-learn, AdamW, 600 steps, cosine after a warm-up, one seed"
+    print_or_fill(page, "pictures", {"origin": origin(about)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What tells a run that goes wrong from one that does not: the numbers behind the warnings in `docs/controlling.md`.
+"""What tells a run that goes wrong from one that does not: the numbers behind the warnings.
 
-    python -m benchmarks.watch --fill docs/controlling.md
+    python -m benchmarks.watch --fill docs/design-notes.md
 
 The start: the scale after 500 steps, relative to s_init, and times s_decay, for base learning rates that are too small,
 and for gradients that are mostly noise. The end: by how much the scale grows over the second half and over the last
