@@ -36,11 +36,12 @@ def between_marks(text: str, program: str, make: Callable[[str], str | None]) ->
 
 
 def print_or_fill(page: Path | None, program: str, made: Mapping[str, str]) -> None:
-    """Print what a program has made, or write it between the program's marks of a page."""
-    if page is None:
+    """Write what a program has made between its marks of a page; print it if there is no page, or no mark of it."""
+    text = "" if page is None else page.read_text(encoding="utf-8")
+    if page is None or f"<!-- {program}: " not in text:
         print("\n\n".join(made.values()))
     else:
-        page.write_text(between_marks(page.read_text(encoding="utf-8"), program, made.get), encoding="utf-8")
+        page.write_text(between_marks(text, program, made.get), encoding="utf-8")
 
 
 def command() -> str:
