@@ -10,35 +10,33 @@ import mechanic_pytorch.optim
 
 PACKAGE = Path(mechanic_pytorch.__file__).parent
 ALLOWED = {
-    "__main__": {"_run"},
-    "__init__": {"_patch", "mechanic", "optim"},
-    "_base": set(),
-    "_buckets": {"_state", "distributed", "kernels"},
+    "__main__": {"scripts"},
+    "__init__": {"mechanic", "optim", "scripts"},
+    "_auto": {"_config"},
+    "_base_step": {"_buckets", "_config", "_torch"},
+    "_buckets": {"_config", "distributed", "kernels"},
+    "_checkpoint": {"_buckets", "_config", "_tuner", "distributed"},
     "_classes": {"_config"},
     "_config": set(),
-    "_control": {"_base", "_buckets", "_state", "_steps", "distributed"},
-    "_fused": {"_base", "_buckets", "distributed", "kernels"},
-    "_patch": {"_base", "_state", "mechanic"},
-    "_report": {"_base", "_patch", "telemetry"},
-    "_run": {"_config", "_patch", "_report"},
-    "_start": {"_base", "_buckets", "_control", "_state", "distributed"},
-    "_state": {"_config", "distributed"},
-    "_steps": {"_base", "_buckets", "_state", "_warnings"},
-    "_warnings": {"_base", "_buckets", "_state", "distributed"},
+    "_fused": {"_base_step", "_buckets", "_torch", "distributed", "kernels"},
+    "_torch": set(),
+    "_tuner": {"_auto", "_config", "_torch"},
+    "_watch": {"_buckets", "_config", "_torch", "_tuner", "distributed"},
     "distributed": set(),
     "integrations": {"telemetry"},
     "kernels": set(),
     "mechanic": {
-        *("_base", "_buckets", "_classes", "_config", "_control", "_fused", "_start", "_state", "_steps", "_warnings"),
+        *("_base_step", "_buckets", "_checkpoint", "_classes", "_config", "_fused", "_torch", "_tuner", "_watch"),
         "distributed",
     },
     "optim": {"_classes", "mechanic"},
-    "telemetry": {"_base", "_state", "kernels", "mechanic"},
+    "scripts": {"_config", "_torch", "_tuner", "mechanic", "telemetry"},
+    "telemetry": {"_config", "_torch", "_tuner", "kernels", "mechanic"},
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
 OPTIONAL = {
-    "_report.py": {"matplotlib", "rich"},
-    "_run.py": {"click"},
+    "report.py": {"matplotlib", "rich"},
+    "run.py": {"click"},
     "huggingface.py": {"transformers"},
     "lightning.py": {"lightning", "pytorch_lightning"},
     "triton.py": {"triton"},
@@ -90,13 +88,34 @@ def test_torch_may_be_built_without_distributed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def lines_of_code(node):
+    """Count lines without blank ones, comments and docstrings; of a function, those of its body."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(each):
+            each.body = each.body[1:] or [ast.Pass()]
+    return sum(len(ast.unparse(statement).splitlines()) for statement in node.body)
+
+
 def test_the_file_that_teaches_the_algorithm_is_short():
-    """Lines of code: no blank lines, comments or docstrings."""
     tree = ast.parse((PACKAGE / "mechanic.py").read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    assert len(ast.unparse(tree).splitlines()) <= 180
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert lines_of_code(tree) <= 180
+    assert lines_of_code(functions["step"]) <= 32
+    assert lines_of_code(functions["tune"]) <= 12
+
+
+def test_an_optimizer_is_an_object_with_a_type():
+    """No function is a method that was cut off, with `optimizer: Any` for `self`."""
+    annotated = [
+        f"{path.name}:{node.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.arg | ast.AnnAssign)
+        and getattr(node, "arg", getattr(getattr(node, "target", None), "id", None)) == "optimizer"
+        and isinstance(node.annotation, ast.Name)
+        and node.annotation.id == "Any"
+    ]
+    assert len(annotated) < 3, annotated
 
 
 def test_integrations_are_short():

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import oracle
 from counting import Operations
 from device import DEVICE
-from mechanic_pytorch import _start, _state, mechanize
+from mechanic_pytorch import mechanize
+from mechanic_pytorch._auto import MEMORY_POWERS, Memory
 from problems import SparseClassifier, full_loss, loss_of, mlp, train
 from test_paper import objective
 from test_resume import assert_identical
@@ -296,7 +297,7 @@ def test_a_checkpoint_of_another_kind_of_start_is_refused():
 
 
 def test_a_checkpoint_of_other_rules_is_refused():
-    assert len(_start.Memory._fields) == _state.UNIT_SIZE
+    assert len(Memory._fields) == len(MEMORY_POWERS)
     model, other = mlp(), mlp()
     ours, theirs = (auto("AdamW_fused", m.parameters()) for m in (model, other))
     train(model, ours, 3)

@@ -1,11 +1,14 @@
 """Every bad option is refused when the class is made, by name, rule, value and remedy."""
 
+import inspect
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from mechanic_pytorch import Mechanic, mechanize
+from mechanic_pytorch._config import Config
 
 BAD = [
     ({"s_init": 0.0}, ValueError, "s_init must be 'auto' or a finite number > 0. Got 0.0."),
@@ -81,3 +84,10 @@ def test_a_callable_need_not_be_hashable():
 
     log = Log()
     assert mechanize(torch.optim.SGD, log_func=log) is mechanize(torch.optim.SGD, log_func=log)
+
+
+def test_the_signature_and_the_declared_options_agree():
+    options = list(inspect.signature(mechanize).parameters.values())[1:]
+    assert [(option.name, option.default) for option in options] == [(f.name, f.default) for f in fields(Config)]
+    documented = inspect.getdoc(mechanize)
+    assert all(f"\n    {option.name}: " in documented for option in options)

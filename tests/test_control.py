@@ -16,8 +16,9 @@ from bases import CASES
 from counting import Operations, transient_bytes
 from device import DEVICE
 from mechanic_pytorch import mechanize
-from mechanic_pytorch._control import NOT_IN_PROPORTION, bounded
-from mechanic_pytorch._state import TunerState
+from mechanic_pytorch._auto import bounded
+from mechanic_pytorch._config import TunerState
+from mechanic_pytorch._torch import NOT_IN_PROPORTION
 from problems import loss_of, mlp, train
 from test_compile import Graphs
 from test_counts import large

@@ -22,7 +22,7 @@ from sklearn.datasets import load_iris
 from benchmarks.convergence import __main__ as program
 from benchmarks.convergence import data, methods, plan, tables, tasks
 from benchmarks.convergence.results import IDENTITY, Results, key
-from mechanic_pytorch import _start
+from mechanic_pytorch import _auto
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "tests.test_convergence"]
@@ -306,7 +306,7 @@ def test_the_ablation_changes_the_constants_of_its_own_job_alone(task, tmp_path)
     for method in ("ours-auto", *methods.ABLATION, "ours-auto"):
         line = methods.execute(methods.Job(task, method, 0, "quick"), None, tmp_path, 1)
         assert losses.setdefault(method, line["loss"]) == line["loss"], method
-    assert losses[f"ablation@{_start.RELATIVE:g},{_start.PENALTY:g}"] == losses["ours-auto"]
+    assert losses[f"ablation@{_auto.RELATIVE:g},{_auto.LOSS_WEIGHT_FALLING:g}"] == losses["ours-auto"]
     assert len(set(losses.values())) == 3  # first steps; in so short a run nothing has been lost yet
 
 

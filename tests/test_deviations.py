@@ -18,9 +18,8 @@ import pytest
 import torch
 
 import oracle
-from mechanic_pytorch import _start, mechanize
-from mechanic_pytorch._config import Config
-from mechanic_pytorch._state import TunerState
+from mechanic_pytorch import _auto, mechanize
+from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch.mechanic import tune
 
 jax.config.update("jax_enable_x64", True)
@@ -291,16 +290,16 @@ def test_first_scale_is_zero_and_the_second_is_s_init(s_init):
     assert_close(updates, [-s_init * g for g in gradient(START)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.25])
-def test_what_a_loss_counts(penalty):
-    """A gain of 3, then a loss of 2: Algorithm 1 takes all of it back, a penalty of 0.25 a quarter of it."""
-    assert (Config().penalty, _start.PENALTY) == (1.0, 0.5)
-    numbers = _start.Numbers((1.0,), s_decay=0.0, s_init=1e-8, eps=0.0, penalty=penalty)
+@pytest.mark.parametrize("loss_weight", [1.0, 0.25])
+def test_what_a_loss_counts(loss_weight):
+    """A gain of 3, then a loss of 2: Algorithm 1 takes all of it back, a weight of 0.25 a quarter of it."""
+    assert (Config().tune_params.loss_weight, _auto.LOSS_WEIGHT_FALLING) == (1.0, 0.5)
+    numbers = TuneParams((1.0,), s_decay=0.0, s_init=1e-8, eps=0.0, loss_weight=loss_weight)
     state = TunerState(*torch.tensor([[1.0], [1.0], [0.0], [1.0]]))  # a scale of 1
     state = tune(state, torch.tensor([-3.0, 0.0, 1.0, 1.0]), numbers)
     assert state.reward.item() == 3.0
     state = tune(state._replace(scales=torch.ones(1)), torch.tensor([2.0, 0.0, 1.0, 1.0]), numbers)
-    assert state.reward.item() == 3.0 - 2.0 * penalty
+    assert state.reward.item() == 3.0 - 2.0 * loss_weight
 
 
 @pytest.mark.parametrize("s_init", [1e-8, "auto"])

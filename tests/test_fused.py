@@ -52,7 +52,7 @@ def train(params, optimizer, steps, first=0, one_pass=True):
             p.grad = None if t > 0 and (i + t) % 5 == 4 else 2 * p.detach() + torch.randn(p.shape).to(p)
         with pytest.MonkeyPatch.context() as patch, operations:
             if not one_pass:
-                patch.setattr(_fused, "rules_of", lambda *_: None)
+                patch.setattr(_fused, "_rules_of", lambda *_: None)
             optimizer.step()
     return operations.count
 
@@ -208,7 +208,7 @@ def another_layout():
 def test_the_base_steps_by_itself_where_its_rule_is_not_known(build, monkeypatch):
     params, optimizer = build()
     steps = optimizer.state[params[0]]["step"].item() if optimizer.state else 0
-    monkeypatch.setattr(_fused, "step_and_move", lambda *_: pytest.fail("its rule was taken for known"))
+    monkeypatch.setattr(_fused.OnePass, "move", lambda *_: pytest.fail("its rule was taken for known"))
     train(params, optimizer, 1)
     assert optimizer.state[params[0]]["step"] == steps + 1
 

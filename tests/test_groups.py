@@ -316,7 +316,7 @@ def test_points_that_are_added_or_pruned(change, options, fused):
         loss = (p - target[: len(p)]).square().mean()
         loss.backward()
         if t == 30:
-            with pytest.warns(UserWarning, match=r"a parameter comes with .* They begin anew from the weights"):
+            with pytest.warns(UserWarning, match=r"a parameter comes with .* They begin again from the weights"):
                 optimizer.step()
         else:
             optimizer.step()

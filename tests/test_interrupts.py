@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 
-from mechanic_pytorch import _start, _state, kernels, mechanic, mechanize
+from mechanic_pytorch import _buckets, _fused, kernels, mechanic, mechanize
+from mechanic_pytorch._tuner import Tuner
 from problems import full_loss, layers, mlp, train
 from test_resume import assert_identical
 
@@ -41,7 +42,7 @@ def build(base, options, **base_options):
 def ours(model, optimizer):
     """Return the weights, and all that the tuner keeps."""
     state = optimizer.state_dict()
-    kept = {i: {k: v for k, v in s.items() if k in _state.PER_PARAMETER} for i, s in state["state"].items()}
+    kept = {i: {k: v for k, v in s.items() if k in _buckets.PER_PARAMETER} for i, s in state["state"].items()}
     return copy.deepcopy([model.state_dict(), {i: s for i, s in kept.items() if s}, state["param_groups"]])
 
 
@@ -67,11 +68,11 @@ def test_the_base_raises(options, when, moment):
 
 POINTS = {
     "kernel": (kernels, "select"),
-    "sums": (mechanic, "sum_over_processes"),
+    "sums": (_buckets, "sum_over_processes"),
     "tune": (mechanic, "tune"),
-    "start": (_start, "learn"),
-    "move": (mechanic._buckets, "move"),
-    "fused": (mechanic._fused, "step_and_move"),
+    "bet": (Tuner, "bet"),
+    "move": (_buckets.Work, "move"),
+    "fused": (_fused.OnePass, "move"),
 }
 
 
@@ -110,7 +111,7 @@ def test_a_step_whose_weights_have_moved_is_finished(options, when, monkeypatch)
         train(model, optimizer, when - 1)
         with monkeypatch.context() as broken:
             if is_interrupted:
-                store, calls = mechanic._buckets._store, []
+                store, calls = _buckets.Work.store, []
 
                 def interrupted(*args, store=store, calls=calls):
                     calls.append(None)
@@ -118,7 +119,7 @@ def test_a_step_whose_weights_have_moved_is_finished(options, when, monkeypatch)
                     if len(calls) == 1:
                         raise KeyboardInterrupt
 
-                broken.setattr(mechanic._buckets, "_store", interrupted)
+                broken.setattr(_buckets.Work, "store", interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     train(model, optimizer, 1, first=when - 1)
             else:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechanic_pytorch import kernels
-from mechanic_pytorch._state import accumulator_dtype
+from mechanic_pytorch._buckets import accumulator_dtype
 
 # One table for all comparisons: sums are added in another order, moves are rounded at most once differently.
 TOLERANCE = {

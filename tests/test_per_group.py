@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import oracle
 from counting import Operations
-from mechanic_pytorch import _state, mechanize, patched
+from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import full_loss, layers, loss_of, mlp, train
 
@@ -136,7 +136,7 @@ def test_any_group_may_be_without_gradient_and_any_may_come_later(lrs, present, 
             other.step()
         for group, kept in zip(absent, before, strict=True):
             if "mechanic_lr_factor" in kept and kept["mechanic_scales"].any():  # its unit may still be chosen
-                _state.rescale(kept, group["mechanic_lr_factor"] / kept["mechanic_lr_factor"])
+                optimizer.mechanic_tuner._rescale(kept, group["mechanic_lr_factor"] / kept["mechanic_lr_factor"])
             for key in kept.keys() - {"mechanic_lr_factor", "mechanic_frozen_scale"}:
                 assert torch.equal(group[key].double(), kept[key].double()), key
     for p, q in zip(ours, theirs, strict=True):

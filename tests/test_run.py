@@ -24,8 +24,10 @@ from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forks import Python
-from mechanic_pytorch import _report, _run, mechanize, patched
+from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
+from mechanic_pytorch.scripts import report as reporting
+from mechanic_pytorch.scripts import run as command
 from problems import mlp, train
 
 ROOT = Path(__file__).parents[1]
@@ -175,8 +177,8 @@ def test_ctrl_c_ends_it_as_it_ends_python(script):
 
 
 def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tmp_path):
-    slow = "from mechanic_pytorch import _report\n"
-    slow += "_report._draw = lambda *_: (print('drawing', file=sys.stderr, flush=True), time.sleep(60))\n"
+    slow = "from mechanic_pytorch.scripts import report\n"
+    slow += "report._draw = lambda *_: (print('drawing', file=sys.stderr, flush=True), time.sleep(60))\n"
     path = script(slow + TRAINING + "time.sleep(60)\n")
     status, _, err = interrupted(*COMMAND, "--report", tmp_path / "report", path, again_at="drawing\n")
     assert status != 0
@@ -189,8 +191,8 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
 
 
 def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(_run, "show", lambda built: (signal.raise_signal(signal.SIGINT), print("shown")))
-    _run._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[]), directory=None), "finished")
+    monkeypatch.setattr(command, "show", lambda built: (signal.raise_signal(signal.SIGINT), print("shown")))
+    command._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[]), directory=None), "finished")
     assert capsys.readouterr().out == "shown\n"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -219,7 +221,7 @@ def test_on_a_terminal_the_report_begins_a_new_line_and_fits_into_it():
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
     for is_terminal in (True, False):
         text = io.StringIO()
-        _report.show(built, Console(file=text, force_terminal=is_terminal, width=80))
+        reporting.show(built, Console(file=text, force_terminal=is_terminal, width=80))
         lines = text.getvalue().splitlines()
         assert (lines[0] == "") == is_terminal
         assert len(lines) == 6 + is_terminal, "no cell is folded"
@@ -421,17 +423,17 @@ def test_under_torchrun_the_scale_is_the_same_everywhere_and_one_process_reports
     assert [one["mechanized"] for one in optimizers] == [False] * (layout == "ZeRO") + [True]
 
 
-@pytest.mark.parametrize("launcher", [None, *_run._RANKS])
+@pytest.mark.parametrize("launcher", [None, *command._RANKS])
 def test_all_processes_are_mechanized_or_none(monkeypatch, launcher):
     """If the script starts the others by itself, they know nothing of us."""
-    for name in _run._RANKS:
+    for name in command._RANKS:
         monkeypatch.delenv(name, raising=False)
     if launcher is not None:
         monkeypatch.setenv(launcher, "1")
-    assert _run._reports() == (launcher is None)
-    patch = _run._ScriptPatch(None, (), (), {}, over_world=False, records_curves=False)
+    assert command._reports() == (launcher is None)
+    patch = command._ScriptPatch(None, (), (), {}, over_world=False, records_curves=False)
     assert patch.reason_against(torch.optim.SGD) is None
-    monkeypatch.setattr(_run, "_world_size", lambda: 2)
+    monkeypatch.setattr(command, "_world_size", lambda: 2)
     reason = patch.reason_against(torch.optim.SGD)
     if launcher is None:
         assert reason.endswith("use torchrun --nproc-per-node 2 -m mechanic_pytorch run")
@@ -444,7 +446,7 @@ def test_all_processes_are_mechanized_or_none(monkeypatch, launcher):
 
 def shown(built):
     text = io.StringIO()
-    _report.show(built, Console(file=text, width=80))
+    reporting.show(built, Console(file=text, width=80))
     return text.getvalue().splitlines()
 
 
@@ -520,7 +522,7 @@ def test_it_says_why_nothing_was_learned():
     said = "mechanic: SGD {} has learned no learning rate: {}"
     assert shown(built)[-3:] == [
         said.format(1, "its step() was never called, or no parameter had a gradient"),
-        said.format(2, "every step was skipped, for a gradient was inf or nan"),
+        said.format(2, "every step was skipped, because a gradient was inf or nan"),
         said.format(3, "nothing has moved in 2 steps"),
     ]
 
@@ -585,13 +587,13 @@ def record_of_training(steps, closure):
     with patched() as built:
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    record = _report.Record(optimizer)
+    record = reporting.Record(optimizer)
     losses = train(model, optimizer, steps, closure=closure)
     return built, {built[0]: record}, losses
 
 
 def test_curves_are_bounded(monkeypatch):
-    monkeypatch.setattr(_report, "CAPACITY", 8)
+    monkeypatch.setattr(reporting, "CAPACITY", 8)
     _, records, losses = record_of_training(30, closure=True)
     (record,) = records.values()
     effective_lr, kept = record.read()
@@ -609,7 +611,7 @@ def scalars(directory):
 def test_tensorboard_gets_every_curve_and_no_earlier_one(tmp_path):
     for steps in (5, 3):
         built, records, losses = record_of_training(steps, closure=True)
-        assert _report.write(tmp_path, built, records, {}) == []
+        assert reporting.write(tmp_path, built, records, {}) == []
     (record,) = records.values()
     expected = {
         "AdamW/effective lr": [(step, lr) for step, (lr,) in record.read()[0]],
@@ -625,7 +627,7 @@ def test_tensorboard_gets_every_curve_and_no_earlier_one(tmp_path):
 def test_tensorboard_is_asked_for_if_it_is_not_there(monkeypatch, tmp_path):
     built, records, _ = record_of_training(3, closure=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert _report.write(tmp_path, built, records, {}) == [
+    assert reporting.write(tmp_path, built, records, {}) == [
         "no TensorBoard log: tensorboard is not installed. Remedy: pip install tensorboard"
     ]
 
@@ -633,14 +635,14 @@ def test_tensorboard_is_asked_for_if_it_is_not_there(monkeypatch, tmp_path):
 def test_groups_of_one_lr_share_a_curve_and_late_ones_begin_late(tmp_path):
     with patched() as built:
         optimizer = trained([0.1, 0.1, 0.01], steps=0)
-        record = _report.Record(optimizer)
+        record = reporting.Record(optimizer)
         for steps in (2, 3):
             for _ in range(steps):
                 for group in optimizer.param_groups:
                     group["params"][0].grad = torch.ones(3)
                 optimizer.step()
             optimizer.add_param_group({"params": [torch.ones(3, requires_grad=True)], "lr": 0.1})
-    _report.write(tmp_path, built, {built[0]: record}, {})
+    reporting.write(tmp_path, built, {built[0]: record}, {})
     logged = scalars(tmp_path)
     assert {tag: [step for step, _ in curve] for tag, curve in logged.items()} == {
         "SGD/effective lr, groups 0-1": [1, 2, 3, 4, 5],
@@ -650,17 +652,17 @@ def test_groups_of_one_lr_share_a_curve_and_late_ones_begin_late(tmp_path):
 
 
 def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(monkeypatch, tmp_path):
-    monkeypatch.setattr(_report, "PANELS", 2)
+    monkeypatch.setattr(reporting, "PANELS", 2)
     records = {}
     with patched() as built:
         for i in range(3):
-            record = _report.Record(optimizer := trained([0.1 * 0.8**j for j in range(30)], steps=0))
+            record = reporting.Record(optimizer := trained([0.1 * 0.8**j for j in range(30)], steps=0))
             records[built[i]] = record
             for _ in range(3):
                 for group in optimizer.param_groups:
                     group["params"][0].grad = torch.ones(3)
                 optimizer.step()
-    problems = _report.write(tmp_path, built, records, {})
+    problems = reporting.write(tmp_path, built, records, {})
     assert problems == ["the picture shows the first 2 optimizers of 3; report.json has all"]
     assert image.imread(tmp_path / "effective_lr.png").shape[:2] == (960, 1200)
     assert len(scalars(tmp_path)) == 90
@@ -669,7 +671,7 @@ def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(monkeypatch, t
 def test_numbers_that_json_does_not_know_become_null(tmp_path):
     built, records, _ = record_of_training(2, closure=False)
     built[0].script_lrs[0] = float("inf")
-    _report.write(tmp_path, built, records, {})
+    reporting.write(tmp_path, built, records, {})
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["optimizers"][0]["groups"][0]["script_lr"] is None
 
@@ -677,7 +679,7 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
 def test_nothing_is_drawn_of_a_run_without_steps(tmp_path):
     with patched() as built:
         torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
-    assert _report.write(tmp_path, built, {}, {}) == [
+    assert reporting.write(tmp_path, built, {}, {}) == [
         "no picture: no step was recorded, as those of a compiled optimizer.step are not"
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
@@ -730,7 +732,7 @@ def test_a_missing_extra_is_named(missing):
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_script_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(_run, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--report", str(tmp_path / "out"), __file__])
     with pytest.raises(SystemExit) as ended:
         main()

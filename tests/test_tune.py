@@ -8,9 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechanic_pytorch._config import Config
-from mechanic_pytorch._start import Numbers
-from mechanic_pytorch._state import TunerState
+from mechanic_pytorch._config import Config, TunerState
 from mechanic_pytorch.mechanic import tune
 from oracle import Oracle
 
@@ -28,7 +26,7 @@ def dots(h, delta_x=0.0, g_squared=1.0, x_squared=1.0):
 def run(config, hs):
     states = [fresh(config)]
     for h in hs:
-        states.append(tune(states[-1], dots(h), config))
+        states.append(tune(states[-1], dots(h), config.tune_params))
     return states
 
 
@@ -56,11 +54,11 @@ def test_the_unit_of_the_objective_does_not_matter(hs, exponent):
 
 
 @given(products, st.floats(0.0, 1.0))
-def test_a_smaller_penalty_gives_no_smaller_scale(hs, penalty):
-    config = Config()
-    lenient = Numbers(config.betas, config.s_decay, config.s_init, config.eps, penalty)
-    for state, h in zip(run(config, hs), hs, strict=False):
-        assert (tune(state, dots(h), lenient).scales >= tune(state, dots(h), config).scales).all()
+def test_a_smaller_loss_weight_gives_no_smaller_scale(hs, loss_weight):
+    params = Config().tune_params
+    lenient = params._replace(loss_weight=loss_weight)
+    for state, h in zip(run(Config(), hs), hs, strict=False):
+        assert (tune(state, dots(h), lenient).scales >= tune(state, dots(h), params).scales).all()
 
 
 @given(products)
@@ -68,27 +66,30 @@ def test_the_argument_is_not_changed(hs):
     config = Config()
     state = run(config, hs)[-1]
     copies = [vector.clone() for vector in state]
-    tune(state, dots(1.0), config)
+    tune(state, dots(1.0), config.tune_params)
     assert all(torch.equal(a, b) for a, b in zip(state, copies, strict=True))
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_nothing_has_happened_without_a_product(eps):
     config = Config(eps=eps)
-    assert all((vector == 0).all() for vector in tune(fresh(config), dots(0.0), config))
+    assert all((vector == 0).all() for vector in tune(fresh(config), dots(0.0), config.tune_params))
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_first_product_gives_the_initial_scale(eps):
     config = Config(eps=eps, s_init=1e-5)
-    state = tune(fresh(config), dots(-3.0), config)
+    state = tune(fresh(config), dots(-3.0), config.tune_params)
     assert state.scales.sum().item() == pytest.approx(1e-5, rel=1e-8)
 
 
 def test_zero_parameters_take_no_decay():
     config = Config(s_decay=1.0)
-    state = tune(fresh(config), dots(-1.0), config)
-    assert torch.equal(tune(state, dots(-1.0, x_squared=0.0), config).scales, tune(state, dots(-1.0), config).scales)
+    state = tune(fresh(config), dots(-1.0), config.tune_params)
+    assert torch.equal(
+        tune(state, dots(-1.0, x_squared=0.0), config.tune_params).scales,
+        tune(state, dots(-1.0), config.tune_params).scales,
+    )
 
 
 @pytest.mark.parametrize("s_decay", [0.0, 0.01, 1.0])
@@ -102,7 +103,7 @@ def test_equals_the_oracle(s_decay):
         g = oracle.x[0] + 0.3 * rng.standard_normal(1)
         x, delta = oracle.x[0], oracle.delta[0]
         sums = torch.tensor(np.concatenate([delta * g, delta * x, g * g, x * x]))
-        state = tune(state, sums, config)
+        state = tune(state, sums, config.tune_params)
         oracle.step([g])
         for mine, theirs in zip(state, (oracle.m, oracle.v, oracle.r, oracle.s), strict=True):
             np.testing.assert_allclose(mine.numpy(), theirs, rtol=1e-12)

@@ -147,12 +147,12 @@ def test_a_frozen_group_is_not_taken_for_rounding():
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda p: p.grad.fill_(torch.nan), "for a gradient is not finite.*look for inf or nan there"),
+        (lambda p: p.grad.fill_(torch.nan), "because a gradient is not finite.*look for inf or nan there"),
         (
             lambda p: p.grad.fill_(1e30),
-            "for a square overflows: all numbers are finite.*scale the data or the loss down",
+            "because a square overflows: all numbers are finite.*scale the data or the loss down",
         ),
-        (lambda p: p.data.fill_(torch.inf), "for a weight is not finite.*look for inf or nan there"),
+        (lambda p: p.data.fill_(torch.inf), "because a weight is not finite.*look for inf or nan there"),
     ],
     ids=["gradient", "square", "weight"],
 )

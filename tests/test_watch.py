@@ -8,10 +8,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from counting import Operations
-from mechanic_pytorch import _warnings, mechanize
+from mechanic_pytorch import mechanize
+from mechanic_pytorch._watch import FIRST_CHECK as STEPS
 from problems import IMAGES, LABELS, loss_of, mlp, train
-
-STEPS = _warnings.NOTHING_SEEN[1]
 
 
 def one_warning(caught):
@@ -47,7 +46,7 @@ def test_training_that_does_not_start(reason, s_init):
 def test_a_tiny_lr_with_the_default_start(base, lr):
     model = mlp()
     optimizer = mechanize(base)(model.parameters(), lr=lr)
-    optimizer._base_has_moved = True  # another warning, tested elsewhere
+    optimizer._mechanic_watch._has_moved = True  # another warning, tested elsewhere
     with pytest.warns(UserWarning, match=r'Remedy: pass s_init="auto", or lr=1\.0') as caught:
         train(model, optimizer, STEPS)
     assert "the scale is held back" in one_warning(caught)
@@ -81,7 +80,8 @@ def test_quiet_where_training_starts(name, base, s_init):
             loss(model, t).backward()
             optimizer.step()
             schedule.step()
-    assert optimizer._watched == (STEPS, 2 * STEPS), "there was a look, and there will be another"
+    watch = optimizer._mechanic_watch
+    assert (watch._steps, watch._next_check) == (STEPS, 2 * STEPS), "there was a check, and there will be another"
 
 
 def test_it_reads_from_the_device_after_500_steps_and_1000():
@@ -103,6 +103,7 @@ def test_a_reset_begins_anew_and_frozen_steps_do_not_count():
     train(model, optimizer, 20)
     optimizer.freeze_scale()
     train(model, optimizer, 20)
-    assert optimizer._watched[0] == 20
+    watch = optimizer._mechanic_watch
+    assert watch._steps == 20
     optimizer.reset()
-    assert optimizer._watched == _warnings.NOTHING_SEEN
+    assert (watch._steps, watch._next_check) == (0, STEPS)

@@ -3,7 +3,7 @@
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
 `ours-auto` has found, `ours@1e-04` ours at that base learning rate. These run only if they are asked for:
 `ours-auto/head` is ours with a scale for each group of one of the `GROUPINGS`, here for the body and for the last
-layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_start.py`).
+layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_auto.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks.convergence.tasks import GROUPINGS, Run, Task
 from benchmarks.start import load_old
-from mechanic_pytorch import _start, is_mechanized, mechanize
+from mechanic_pytorch import _auto, is_mechanized, mechanize
 
 GRID, LEARNED, TEACHER = "grid", "plain@learned", "ours-auto"
 CENTRE = {"Adam": -2, "AdamW": -6, "SGD": -2, "Muon": -3}  # in half decades: 0.1, 0.001, 0.1, 0.03
@@ -46,7 +46,9 @@ FIXED = (
     "adamw@1e-3",
 )
 PAIRS = [(1e-4, 1), (1e-3, 1), (1e-2, 1), (1e-4, 0.5), (1e-3, 0.5), (1e-2, 0.5), (1e-3, 0.7), (1e-3, 0.3)]
-ABLATION = {f"ablation@{first:g},{penalty:g}": {"RELATIVE": first, "PENALTY": penalty} for first, penalty in PAIRS}
+ABLATION = {
+    f"ablation@{first:g},{penalty:g}": {"RELATIVE": first, "LOSS_WEIGHT_FALLING": penalty} for first, penalty in PAIRS
+}
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
 IF_NAMED = (*ABLATION, *PER_GROUP)
 METHODS = (GRID, *FIXED, LEARNED)
@@ -222,8 +224,8 @@ def switch(optimizer: Any, mode: str) -> None:
 
 
 def constants(method: str) -> Any:
-    """Return a context in which `_start.py`, to which none can be passed, has the constants of a method."""
-    return unittest.mock.patch.dict(vars(_start), ABLATION.get(method, {}))
+    """Return a context in which `_auto.py`, to which none can be passed, has the constants of a method."""
+    return unittest.mock.patch.dict(vars(_auto), ABLATION.get(method, {}))
 
 
 def execute(job: Job, lr: float | None, peers: Path, threads: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command, if what it is made of is installed."""
     try:
-        from mechanic_pytorch import _run
+        from mechanic_pytorch.scripts import run
     except ModuleNotFoundError as missing:
         package = str(missing.name).partition(".")[0]
         if package not in ("click", "rich"):
@@ -17,7 +17,7 @@ def main() -> None:
             f"mechanic: the command needs click and rich. Got no module named {package!r}. "
             "Remedy: pip install 'mechanic-pytorch[run]'."
         )
-    _run.main()
+    run.main()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The parameters of one step, sorted as kernels take them; what of them is stored, and put back if the step fails."""
+"""The parameters of one step, sorted as kernels take them: what is stored for them, and rolled back on an error."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,35 +11,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from mechanic_pytorch import kernels
-from mechanic_pytorch._state import COMPENSATION, REFERENCE, accumulator_dtype, slot
-from mechanic_pytorch.distributed import Spread, is_dtensor, local, spread
+from mechanic_pytorch._config import Config
+from mechanic_pytorch.distributed import ShardGroups, is_dtensor, local, shard_groups, sum_over_processes
 from mechanic_pytorch.kernels import Kernel
+
+# What is stored for each parameter, in `optimizer.state[p]`: one slot; below 32 bits, also the compensation.
+DELTA = "mechanic_delta"  # the sum of updates
+REFERENCE = "mechanic_reference"  # with `s_init="auto"`: the weights from which their way is measured
+COMPENSATION = "mechanic_compensation"
+SLOTS = {DELTA, REFERENCE}
+PER_PARAMETER = {*SLOTS, COMPENSATION}
+
+State = dict[Any, dict[str, Any]]  # `optimizer.state`
+
+
+def slot(config: Config) -> str:
+    """Return under which key a parameter's slot is."""
+    return REFERENCE if config.is_auto else DELTA
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the real dtype in which a parameter's sums are kept: float32, or float64 for 64-bit numbers."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 @dataclass
 class Bucket:
-    """Parameters that have a gradient and share a tuner, a device, a dtype, a direction and a spread.
+    """Parameters that have a gradient and share a tuner, a device, a dtype, a direction and their shard groups.
 
-    `owners` are the parameters themselves; the other lists are what kernels take: plain, dense, real tensors that share
-    their memory (a complex parameter appears as its real view, a sharded one as its local part). A sparse gradient,
-    alone, is not dense until `densify` has made a copy of it.
+    The lists beside `params` are what kernels take: plain, dense, real tensors that share their memory (a complex
+    parameter appears as its real view, a sharded one as its local shard). A sparse gradient, alone, is not dense until
+    `measure` has made a copy of it.
     """
 
     kernel: Kernel  # that of their device
-    spread: Spread  # the process groups that hold the other parts
-    tuner: tuple[int, ...]  # the index of its row, () if all share one
+    shard_groups: ShardGroups  # that hold the other shards
+    row: int  # of the tuner
     sign: float  # -1 where the base maximizes: the tuner's g is the gradient of what is minimized
     slot: str  # the key of what is stored for each parameter
     group: dict[str, Any]  # the parameter group of all of them, where that asks for `fused`; else, of the first
-    owners: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)  # the parameters themselves
     state: list[dict[str, Tensor]] = field(default_factory=list)  # what is to be stored, under its keys
-    params: list[Tensor] = field(default_factory=list)
+    locals: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)  # what is stored under `slot`
+    stored: list[Tensor] = field(default_factory=list)  # what is stored under `slot`
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
+    before: list[Tensor] = field(default_factory=list)  # copies of `locals` from before the base's step, if needed
     is_new: bool = False  # some parameter takes part for the first time
     has_new_shapes: bool = False  # some parameter has another shape than what is stored for it
 
@@ -46,169 +66,223 @@ class Bucket:
         """Take in a parameter with its gradient and what is stored for it."""
         dtype = accumulator_dtype(p.dtype)
         start = p.detach() if self.slot == REFERENCE else None
-        ours = _kept(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)
+        ours = _stored(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)
         state = {self.slot: ours}
         self.is_new |= self.slot not in stored
-        self.owners.append(p)
+        self.params.append(p)
         self.state.append(state)
         if is_dtensor(p):
             grad, p, ours = local(grad, like=p), local(p), local(ours)
         if p.is_complex():
             grad, p, ours = (torch.view_as_real(tensor.resolve_conj()) for tensor in (grad, p, ours))
         self.grads.append(grad)
-        self.params.append(p)
-        self.kept.append(ours)
+        self.locals.append(p)
+        self.stored.append(ours)
         if p.dtype.itemsize < 4:
             # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
-            state[COMPENSATION] = _kept(stored, COMPENSATION, self.owners[-1], torch.bfloat16)
+            state[COMPENSATION] = _stored(stored, COMPENSATION, self.params[-1], torch.bfloat16)
             self.compensations.append(local(state[COMPENSATION]))
 
-    def measure(self, copies: Sequence[Tensor] | None) -> Tensor:
-        """Return the four sums, the gradient being that of what is minimized; shape (4,). Fill the copies."""
+    def measure(self) -> Tensor:
+        """Return the four sums, the gradient being that of what is minimized; shape (4,).
+
+        Fills `before`, if it is there. Sparse gradients are replaced by dense copies first.
+        """
+        self.grads = [grad if grad.layout is torch.strided else grad.to_dense() for grad in self.grads]
         sums = self.kernel.measure(
-            self.params, self.grads, self.kept, copies, self.compensations or None, self.slot == REFERENCE
+            self.locals,
+            self.grads,
+            self.stored,
+            self.before or None,
+            self.compensations or None,
+            self.slot == REFERENCE,
         )
         return torch.cat([self.sign * sums[:1], sums[1:]])
 
+    def measure_update(self) -> Tensor:
+        """Return the square of the length of the base's update, four times; shape (4,)."""
+        dtype = self.stored[0].dtype
+        u = [x.to(dtype) - x_before.to(dtype) for x, x_before in zip(self.locals, self.before, strict=True)]
+        return self.kernel.measure(u, u, u)
+
+    def nonfinite(self) -> Tensor:
+        """Return 0, or NaN if a gradient is not finite; shape ()."""
+        # The largest entry cannot overflow, as a sum of squares could; times 0 it is 0, or NaN.
+        grads = [g if g.layout is torch.strided else g._values() for g in self.grads]
+        return torch.nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf) * 0.0
+
     def count_moved(self) -> int:
-        """Return how many weights are not where they started. Copies to the host."""
-        ways: Sequence[Tensor] = self.kept
+        """Return how many weights are not where they started. Syncs."""
+        ways: Sequence[Tensor] = self.stored
         if self.slot == REFERENCE:
-            ways = torch._foreach_sub(self.params, self.kept)
+            ways = torch._foreach_sub(self.locals, self.stored)
             if self.compensations:
                 torch._foreach_add_(ways, self.compensations)
         return sum(int(way.count_nonzero()) for way in ways)
 
-    def densify(self) -> None:
-        """Replace sparse gradients by dense copies."""
-        self.grads = [grad if grad.layout is torch.strided else grad.to_dense() for grad in self.grads]
+
+@dataclass
+class Work:
+    """What one step works on: buckets, and the shard groups of all parameters, with or without gradient."""
+
+    buckets: list[Bucket]
+    shard_groups: list[ShardGroups]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has a gradient, in any process."""
+        return not self.buckets and not any(self.shard_groups)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether some parameter takes part for the first time, so that state will be created."""
+        return any(bucket.is_new for bucket in self.buckets)
+
+    def keep_before(self) -> None:
+        """Let `Bucket.measure` copy the weights on its way."""
+        for bucket in self.buckets:
+            bucket.before = [torch.empty_like(x) for x in bucket.locals]
+
+    def total(
+        self,
+        of_bucket: Callable[[Bucket], Tensor],
+        *,
+        like: Tensor,
+        unscaled: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return four sums over all shards of all buckets for each row of the tuner, shape (G, 4).
+
+        Args:
+            of_bucket: what to add up: four numbers, or one.
+            like: a tensor with G rows, of the result's dtype and device.
+            unscaled: what a `GradScaler` has left to do to them, in this process.
+        """
+        partial = {shards: like.new_zeros(len(like), 4) for shards in [(), *self.shard_groups]}
+        for bucket in self.buckets:
+            partial[bucket.shard_groups][bucket.row].add_(of_bucket(bucket).to(like))
+        if unscaled is not None:
+            partial = {shards: unscaled(sums) for shards, sums in partial.items()}
+        return sum_over_processes(partial, self.shard_groups)
+
+    def length_of_update(self, like: Tensor) -> Tensor:
+        """Return the length of the update that the base has just made, for each row, shape (G,)."""
+        return self.total(Bucket.measure_update, like=like)[:, 0].sqrt()
+
+    def move(self, scales: Sequence[Tensor]) -> None:
+        """Rescale the step that the base has made; `scales` are what kernels take, shape (G,) each."""
+        for bucket in self.buckets:
+            converted = (scale[bucket.row].to(bucket.stored[0]) for scale in scales)
+            bucket.kernel.move(bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, *converted)
+
+    def commit(self, state: State, record: Callable[[], object]) -> None:
+        """Write down a step whose weights have moved, and finish even if interrupted.
+
+        Args:
+            state: `optimizer.state`, where the buckets' tensors stay and are changed in place.
+            record: what `Tuner.recorded` returned.
+        """
+        try:
+            self.store(state)
+            record()
+        except BaseException:
+            self.store(state)
+            record()
+            raise
+
+    def store(self, state: State) -> None:
+        """Put what is to be stored into the optimizer's state."""
+        for bucket in self.buckets:
+            for p, ours in zip(bucket.params, bucket.state, strict=True):
+                entry = state[p]
+                entry.update(ours)
+                if COMPENSATION not in ours:
+                    entry.pop(COMPENSATION, None)  # the parameter has been cast
+
+    @contextmanager
+    def rolled_back_on_error(self, state: State, whole_state_of: Sequence[Tensor] | None) -> Iterator[None]:
+        """Put the weights and the base's state back if the block raises.
+
+        What the base adds to a parameter's state at its first step is always taken back. State that it changes in place
+        is put back only for the parameters in `whole_state_of`, which costs a copy of it.
+        """
+        copied: Callable[[Any], Any] = dict if whole_state_of is None else copy.deepcopy
+        guarded = whole_state_of
+        if guarded is None:
+            guarded = [p for bucket in self.buckets if bucket.is_new for p in bucket.params]
+        saved = {p: copied(state[p]) for p in guarded if p in state}
+        try:
+            yield
+        except BaseException:
+            for bucket in self.buckets:
+                if bucket.before:
+                    torch._foreach_copy_(bucket.locals, bucket.before)
+            for p in guarded:
+                if p in saved:
+                    state[p] = saved[p]
+                else:
+                    state.pop(p, None)
+            raise
+
+    @contextmanager
+    def rolled_back_where(self, skip: Tensor, state: State) -> Iterator[None]:
+        """Roll weights and state back on the device where `skip` is true. No sync; it costs a copy of them.
+
+        State that the block creates becomes 0 there, as bases have it at their start.
+        """
+        for bucket in self.buckets:
+            bucket.before = bucket.before or [x.clone() for x in bucket.locals]
+        states = [state[p] for bucket in self.buckets for p in bucket.params]
+        saved = [{key: value.clone() for key, value in one.items() if isinstance(value, Tensor)} for one in states]
+        yield
+        for bucket in self.buckets:
+            for x, x_before in zip(bucket.locals, bucket.before, strict=True):
+                x.copy_(torch.where(skip.to(x.device), x_before, x))
+        for one, old in zip(states, saved, strict=True):
+            for key, value in one.items():
+                if isinstance(value, Tensor):
+                    value.copy_(torch.where(skip.to(value.device), old.get(key, torch.zeros_like(value)), value))
 
 
-def collect(optimizer: Any) -> tuple[list[Bucket], list[Spread]]:
+def gather(groups: Sequence[dict[str, Any]], state: State, config: Config, *, maximize: bool = False) -> Work:
     """Sort the parameters that have a gradient into buckets, each parameter once.
 
     Args:
-        optimizer: the optimizer, mechanized.
-
-    Returns:
-        The buckets, and how any of the parameters, with or without gradient, are spread over processes.
+        groups: the optimizer's parameter groups.
+        state: its state.
+        config: the options.
+        maximize: what holds for groups that do not say.
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
-    config = optimizer.mechanic_config
-    whole_or_named: Spread = () if config.process_group is None else (config.process_group,)
+    whole_or_named: ShardGroups = () if config.process_group is None else (config.process_group,)
     # A process that holds none of the parameters takes part in the sums, too.
-    spreads: dict[Spread, None] = {} if config.process_group is None else {whole_or_named: None}
+    all_groups: dict[ShardGroups, None] = {} if config.process_group is None else {whole_or_named: None}
     seen: set[int] = set()
-    for i, group in enumerate(optimizer.param_groups):
-        sign = -1.0 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1.0
-        tuner = (i,) if config.per_group else ()
+    for i, group in enumerate(groups):
+        sign = -1.0 if group.get("maximize", maximize) else 1.0
+        row = i if config.per_group else 0
         rule = i if group.get("fused") else -1  # `_fused` may make the base's step, with the options of one group
         for p in group["params"]:
-            over = spread(p) if is_dtensor(p) else whole_or_named
-            spreads[over] = None
+            over = shard_groups(p) if is_dtensor(p) else whole_or_named
+            all_groups[over] = None
             grad = p.grad
             if grad is None or id(p) in seen:
                 continue
             seen.add(id(p))
-            key = (tuner, p.device, p.dtype, over, sign, rule)
+            key = (row, p.device, p.dtype, over, sign, rule)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket(kernels.select(p.device), over, tuner, sign, slot(config), group)
-            stored = optimizer.state.get(p, {})
+                bucket = buckets[key] = Bucket(kernels.select(p.device), over, row, sign, slot(config), group)
+            stored = state.get(p, {})
             fits = all(key not in stored or stored[key].shape == p.shape for key in (bucket.slot, COMPENSATION))
             bucket.has_new_shapes |= not fits
             bucket.add(p, grad, stored if fits else {})
-    return list(buckets.values()), list(spreads)
+    return Work(list(buckets.values()), list(all_groups))
 
 
-def move(buckets: list[Bucket], before: list[list[Tensor]], scales: Sequence[Tensor]) -> None:
-    """Rescale the step that the base has made; `scales` are what kernels take, one per tuner."""
-    for bucket, starts in zip(buckets, before, strict=True):
-        converted = (scale[bucket.tuner].to(bucket.kept[0]) for scale in scales)
-        bucket.kernel.move(bucket.params, starts, bucket.kept, bucket.compensations or None, *converted)
-
-
-def commit(optimizer: Optimizer, buckets: list[Bucket], write: Callable[[], object]) -> None:
-    """Write down a step whose weights have moved, and finish even if interrupted.
-
-    Args:
-        optimizer: the optimizer.
-        buckets: whose tensors go to its state, where they stay and are changed in place.
-        write: what `_state.prepared` returned.
-    """
-    try:
-        _store(optimizer, buckets)
-        write()
-    except BaseException:
-        _store(optimizer, buckets)
-        write()
-        raise
-
-
-def _store(optimizer: Optimizer, buckets: list[Bucket]) -> None:
-    for bucket in buckets:
-        for p, kept in zip(bucket.owners, bucket.state, strict=True):
-            state = optimizer.state[p]
-            state.update(kept)
-            if COMPENSATION not in kept:
-                state.pop(COMPENSATION, None)  # the parameter has been cast
-
-
-def _kept(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:
-    kept = stored.get(key)
-    if kept is None and start is not None:
+def _stored(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:
+    found = stored.get(key)
+    if found is None and start is not None:
         return start.to(dtype, copy=True)
-    if kept is None:
+    if found is None:
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    return kept.to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
-
-
-@contextmanager
-def undone_on_error(
-    optimizer: Optimizer, buckets: list[Bucket], before: list[list[Tensor]], *, whole_state: bool
-) -> Iterator[None]:
-    """Put the buckets' parameters, of which `before` holds copies, and the base's state back if the block raises.
-
-    What the base adds to a parameter's state at its first step is always taken back. State that it changes in place is
-    put back only with `whole_state`, which costs a copy of it.
-    """
-    if whole_state:
-        guarded = [p for group in optimizer.param_groups for p in group["params"]]
-    else:
-        guarded = [p for bucket in buckets if bucket.is_new for p in bucket.owners]
-    copied = copy.deepcopy if whole_state else dict
-    saved = {p: copied(optimizer.state[p]) for p in guarded if p in optimizer.state}
-    try:
-        yield
-    except BaseException:
-        for bucket, copies in zip(buckets, before, strict=True):
-            torch._foreach_copy_(bucket.params, copies)
-        for p in guarded:
-            if p in saved:
-                optimizer.state[p] = saved[p]
-            else:
-                optimizer.state.pop(p, None)
-        raise
-
-
-@contextmanager
-def undone_where(
-    skip: Tensor | None, optimizer: Optimizer, buckets: list[Bucket], before: list[list[Tensor]]
-) -> Iterator[None]:
-    """Put the same things back where `skip` holds, without a look at it; None does nothing. It costs a copy of them.
-
-    State that the block creates becomes 0 there, as bases have it at their start.
-    """
-    if skip is None:
-        yield
-        return
-    states = [optimizer.state[p] for bucket in buckets for p in bucket.owners]
-    saved = [{key: value.clone() for key, value in state.items() if isinstance(value, Tensor)} for state in states]
-    yield
-    for bucket, copies in zip(buckets, before, strict=True):
-        for x, x_before in zip(bucket.params, copies, strict=True):
-            x.copy_(torch.where(skip.to(x.device), x_before, x))
-    for state, old in zip(states, saved, strict=True):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                value.copy_(torch.where(skip.to(value.device), old.get(key, torch.zeros_like(value)), value))
+    return found.to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast

@@ -43,6 +43,7 @@ def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type
         "__module__": "mechanic_pytorch.optim",
         "__qualname__": name if of_torch else f"{name}_{next(_serial_number)}",
         "mechanic_config": config,
+        "mechanic_base": base,
         "_mechanic_made_from": (mixin, base, config),
     }
     metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable

@@ -14,14 +14,58 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mechanic_pytorch import _base
-from mechanic_pytorch._base import LrTimes
-from mechanic_pytorch._buckets import Bucket
+from mechanic_pytorch._base_step import BaseStep, Skipper
+from mechanic_pytorch._buckets import Work
+from mechanic_pytorch._torch import is_capturing, unwrapped
 from mechanic_pytorch.distributed import local
 from mechanic_pytorch.kernels.rule import Rule
 
 
-def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket], lr_times: LrTimes) -> list[Rule] | None:
+class OnePass:
+    """The base's step and the move in one pass, by the kernels.
+
+    Args:
+        work: the buckets.
+        rules: for each of them, the base's.
+        grad_scale: by which the gradients are still multiplied, or None.
+    """
+
+    def __init__(self, work: Work, rules: Sequence[Rule], grad_scale: Tensor | None) -> None:
+        self._work, self._rules, self._grad_scale = work, rules, grad_scale
+
+    def step(self, skip: Tensor, skipper: Skipper) -> None:
+        """Do nothing yet."""
+
+    def move(self, scales: Sequence[Tensor], skip: Tensor) -> None:
+        """Make the base's step and rescale it, for all buckets; where `skip` is true, change nothing.
+
+        Args:
+            scales: what kernels take after the compensations, shape (G,) each.
+            skip: whether to change nothing, shape ().
+        """
+        for bucket, rule in zip(self._work.buckets, self._rules, strict=True):
+            device = bucket.locals[0].device
+            found_inf = skip.to(device, torch.float32)
+            grad_scale = None if self._grad_scale is None else self._grad_scale.to(device).reshape(())
+            if rule.steps:
+                torch._foreach_add_(rule.steps, [1 - found_inf] * len(rule.steps))
+            bucket.kernel.step_and_move(  # type: ignore[attr-defined]  # of a kernel that can
+                rule._replace(options={**rule.options, "grad_scale": grad_scale, "found_inf": found_inf}),
+                bucket.locals,
+                bucket.grads,
+                bucket.stored,
+                bucket.compensations or None,
+                *(scale[bucket.row].to(bucket.stored[0]) for scale in scales),
+            )
+
+
+def one_pass(optimizer: Optimizer, base: BaseStep, work: Work) -> OnePass | None:
+    """Return how to make the base's step and the move in one pass, or None if that cannot be."""
+    rules = _rules_of(optimizer, base, work)
+    return None if rules is None else OnePass(work, rules, base.grad_scale)
+
+
+def _rules_of(optimizer: Optimizer, base: BaseStep, work: Work) -> list[Rule] | None:
     """Return the rule by which each bucket's kernel can make the base's step, or None if the base has to.
 
     A rule holds the lr that the base would find.
@@ -29,64 +73,27 @@ def rules_of(optimizer: Optimizer, buckets: Sequence[Bucket], lr_times: LrTimes)
     The base has to where it is not exactly one of torch's own, was not asked for `fused=True`, is about to create state
     or to report an error, or where the kernel cannot.
     """
-    base = type(optimizer)._mechanic_made_from[1]  # type: ignore[attr-defined]
-    make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(base)
-    if make is None or not all(group.get("fused") for group in optimizer.param_groups):
-        return None
-    if not _is_torchs_own(_base.unwrapped(base.step)):
+    make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(base.base)
+    if make is None or not base.reads_found_inf or not _is_torchs_own(unwrapped(base.base.step)):
         return None
     rules = []
-    for bucket in buckets:
-        if bucket.is_new or any(p.is_complex() for p in bucket.owners):
+    for bucket in work.buckets:
+        if bucket.is_new or any(p.is_complex() for p in bucket.params):
             return None
-        with lr_times:
-            rule = make(base, bucket.group, [optimizer.state[p] for p in bucket.owners])
+        with base.scaled_lr():
+            rule = make(base.base, bucket.group, [optimizer.state[p] for p in bucket.params])
         can_step = getattr(bucket.kernel, "can_step", None)
-        if rule is None or not (can_step and can_step(bucket.params, bucket.grads, bucket.kept, *rule.states)):
+        if rule is None or not (can_step and can_step(bucket.locals, bucket.grads, bucket.stored, *rule.states)):
             return None
-        if {t.dtype for tensors in (bucket.grads, *rule.states) for t in tensors} != {bucket.params[0].dtype}:
+        if {t.dtype for tensors in (bucket.grads, *rule.states) for t in tensors} != {bucket.locals[0].dtype}:
             return None
         rules.append(rule)
     return rules
 
 
 def _is_torchs_own(step: Any) -> bool:
-    """Tell whether somebody has put a `step` of theirs into torch's class."""
+    """Return False if someone has put a `step` of theirs into torch's class."""
     return str(getattr(step, "__globals__", {}).get("__name__")).startswith("torch.optim.")
-
-
-def step_and_move(
-    optimizer: Optimizer,
-    buckets: Sequence[Bucket],
-    rules: Sequence[Rule],
-    scales: Sequence[Tensor],
-    skip: Tensor,
-) -> None:
-    """Make the base's step and rescale it, for all buckets; where `skip` holds, change nothing.
-
-    Args:
-        optimizer: whose `grad_scale` the gradients still hold, if a `GradScaler` has left one there.
-        buckets: the buckets.
-        rules: what `rules_of` returned for them.
-        scales: what kernels take after the compensations, one per tuner.
-        skip: whether to change nothing, shape ().
-    """
-    grad_scale = getattr(optimizer, "grad_scale", None)
-    for bucket, rule in zip(buckets, rules, strict=True):
-        device = bucket.params[0].device
-        found_inf = skip.to(device, torch.float32)
-        theirs = None if grad_scale is None else grad_scale.to(device).reshape(())
-        scaler = {"grad_scale": theirs, "found_inf": found_inf}
-        if rule.steps:
-            torch._foreach_add_(rule.steps, [1 - found_inf] * len(rule.steps))
-        bucket.kernel.step_and_move(  # type: ignore[attr-defined]
-            rule._replace(options={**rule.options, **scaler}),
-            bucket.params,
-            bucket.grads,
-            bucket.kept,
-            bucket.compensations or None,
-            *(scale[bucket.tuner].to(bucket.kept[0]) for scale in scales),
-        )
 
 
 def _sgd(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
@@ -103,7 +110,7 @@ def _sgd(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[str
 def _adam(base: type[Optimizer], group: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> Rule | None:
     beta1, beta2 = group["betas"]
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor) or (_base.is_capturing() and not group["capturable"]):
+    if isinstance(beta1, Tensor) or isinstance(beta2, Tensor) or (is_capturing() and not group["capturable"]):
         return None
     if not all(key in state for state in states for key in keys):
         return None

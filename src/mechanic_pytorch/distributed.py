@@ -1,9 +1,9 @@
-"""Parameters that are spread over processes: what of them lies here, and the sum of four numbers over all parts.
+"""Parameters that are sharded over processes: what of them lies here, and the sum of four numbers over all shards.
 
 Mechanic needs nothing global but its four inner products, and these are additive over any partition of the weights. So
 each process measures what it holds, and one `all_reduce` of four numbers per step and sharding group adds them up. What
 is replicated is counted once: a `DTensor` is summed over those dimensions of its mesh over which it is sharded, and no
-other. Plain tensors are whole (as with DDP), unless the user names the process group over which they are parts.
+other. Plain tensors are whole (as with DDP), unless the user names the process group over which they are sharded.
 
 Nothing large is gathered, and nothing is read by the host. This is the only file with collectives in it.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 _PLAIN = {Tensor, torch.nn.Parameter}  # asking them for an attribute that they lack takes long
 
-# The process groups over which a tensor is spread, outermost first; () for a whole tensor.
-Spread: TypeAlias = "tuple[dist.ProcessGroup, ...]"
+# The process groups over which a tensor is sharded, outermost first; () for a whole tensor.
+ShardGroups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -30,7 +30,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:
-    """Return the part of a tensor that lies in this process, which shares its memory; a plain tensor as it is.
+    """Return the shard of a tensor that lies in this process, which shares its memory; a plain tensor as it is.
 
     Args:
         tensor: a parameter, a gradient, or a tensor of state.
@@ -43,14 +43,14 @@ def local(tensor: Any, like: Any = None) -> Tensor:
     return tensor.to_local()  # type: ignore[no-any-return]
 
 
-def spread(param: Any) -> Spread:
-    """Return the process groups over which a `DTensor` is spread."""
+def shard_groups(param: Any) -> ShardGroups:
+    """Return the process groups over which a `DTensor` is sharded."""
     mesh, placements = param.device_mesh, param.placements
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return all of a `ShardedTensor`, FSDP1's way to load a checkpoint in parts; any other tensor as it is.
+    """Return all of a `ShardedTensor`, FSDP1's way to load a checkpoint in shards; any other tensor as it is.
 
     All processes must call this together, as all load a checkpoint together.
     """
@@ -60,24 +60,24 @@ def whole(tensor: Any) -> Tensor:
     gathered = [mine] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     out = torch.empty(tensor.size(), dtype=tensor.dtype)
-    for offsets, part in (shard for shards in gathered for shard in shards):
-        out[tuple(slice(start, start + n) for start, n in zip(offsets, part.shape, strict=True))] = part
+    for offsets, shard in (each for shards in gathered for each in shards):
+        out[tuple(slice(start, start + n) for start, n in zip(offsets, shard.shape, strict=True))] = shard
     return out
 
 
-def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]) -> Tensor:
-    """Add up partial sums over the processes that hold the other parts; the same bits come out in each of them.
+def sum_over_processes(partial: Mapping[ShardGroups, Tensor], all_groups: Iterable[ShardGroups]) -> Tensor:
+    """Add up partial sums over the processes that hold the other shards; the same bits come out in each of them.
 
-    What is spread over (a, b) is summed over b, joins what is spread over (a,) alone, and is summed over a: as many
+    What is sharded over (a, b) is summed over b, joins what is sharded over (a,) alone, and is summed over a: as many
     calls as there are distinct groups.
 
     Args:
-        parts: this process's sums, of one shape, by how the tensors behind them are spread; at least that of ().
-        spreads: how each parameter of the optimizer is spread, whether it has a gradient here or not; the same in all
-            processes, so that all make the same calls.
+        partial: this process's sums, of one shape, by how the tensors behind them are sharded; at least that of ().
+        all_groups: how each parameter of the optimizer is sharded, whether it has a gradient here or not; the same in
+            all processes, so that all make the same calls.
     """
-    zero = torch.zeros_like(parts[()])
-    pending = dict.fromkeys(spreads, zero) | dict(parts)
+    zero = torch.zeros_like(partial[()])
+    pending = dict.fromkeys(all_groups, zero) | dict(partial)
     while True:
         longest = sorted(pending, key=len)[-1]
         total = pending.pop(longest)
@@ -89,11 +89,11 @@ def sum_over_processes(parts: Mapping[Spread, Tensor], spreads: Iterable[Spread]
         pending[rest] = pending.get(rest, zero) + total
 
 
-def check_parts(who: str, params: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
-    """Refuse what is known to be a part of something larger, if it would be taken for something whole.
+def check_shards(who: str, params: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
+    """Refuse what is known to be a shard of something larger, if it would be taken for something whole.
 
     Raises:
-        ValueError: the group of such parts was not named, or DeepSpeed steps through the parts one after the other.
+        ValueError: the group of such shards was not named, or DeepSpeed steps through them one after the other.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -107,19 +107,19 @@ def check_parts(who: str, params: Iterable[Tensor], process_group: dist.ProcessG
         deepspeed = "deepspeed" in sys.modules and param.ndim == 1 and not isinstance(param, torch.nn.Parameter)
         if (fsdp or deepspeed) and process_group is None:
             raise ValueError(
-                f"{who}: process_group must be given for parameters that are parts of larger ones. Got None and "
+                f"{who}: process_group must be given for parameters that are shards of larger ones. Got None and "
                 f"parameters cut by {'FSDP1' if fsdp else 'DeepSpeed'}. Remedy: "
                 "mechanize(..., process_group=torch.distributed.group.WORLD)."
             )
 
 
-def check_agreement(who: str, options: Mapping[str, object], spreads: Iterable[Spread]) -> None:
+def check_agreement(who: str, options: Mapping[str, object], all_groups: Iterable[ShardGroups]) -> None:
     """Compare the options of all processes that share a tuner; once, before the first step.
 
     Raises:
         ValueError: they differ. All processes of the group raise, so that none waits for the others.
     """
-    for group in {group: None for spread in spreads for group in spread}:
+    for group in {group: None for groups in all_groups for group in groups}:
         gathered: list[Mapping[str, object]] = [{}] * dist.get_world_size(group)
         dist.all_gather_object(gathered, dict(options), group=group)
         differences = [

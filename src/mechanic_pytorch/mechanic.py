@@ -8,7 +8,7 @@ s have n entries and start at 0. One step:
     h     = <delta, g + s_decay * sum(s) * |g| * x / |x|>        measure: everything at x, before the base moves
     m     = max(beta * m, |h|)                                   tune
     v     = beta^2 * v + h^2
-    r     = max(0, beta * r + max(-s * h, penalty * -s * h))        penalty = 1
+    r     = max(0, beta * r - s * h)
     s     = ((s_init / n) * m + r) / (sqrt(v) + eps)
     delta = delta + u                                            base step, then move
     x     = x_ref + sum(s) * delta
@@ -17,27 +17,29 @@ Big tensors are touched twice: four inner products before the base step (`measur
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
 never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
 between steps. With s_init="auto" a step is x = x + sum(s) * u instead, and what is bet on is the way that the weights
-have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_start.py`). The file `docs/deviations.md` lists where this
+have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file `docs/deviations.md` lists where this
 differs from other implementations, and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import zip_longest
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _base, _buckets, _control, _fused, _start, _state, _steps, _warnings
+from mechanic_pytorch._base_step import BaseStep, Skipper, TwoPasses, hidden_state
+from mechanic_pytorch._buckets import PER_PARAMETER, Bucket, Work, gather
+from mechanic_pytorch._checkpoint import check_group, checked
 from mechanic_pytorch._classes import class_for
-from mechanic_pytorch._config import Config, LogFunc
-from mechanic_pytorch._start import Numbers
-from mechanic_pytorch._state import TunerState
-from mechanic_pytorch.distributed import check_agreement, check_parts, sum_over_processes
+from mechanic_pytorch._config import Config, LogFunc, TuneParams, TunerState
+from mechanic_pytorch._fused import one_pass
+from mechanic_pytorch._torch import NOT_IN_PROPORTION, uncompiled
+from mechanic_pytorch._tuner import Tuner, is_ours
+from mechanic_pytorch._watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,7 +96,7 @@ def mechanize(
             nothing. docs/per-group.md says when it helps. False: one scale for all.
 
     Returns:
-        The class `Mechanized<Base>`. Type checkers see `Any`, for there is no type that says "`Base` and `Mechanic`".
+        The class `Mechanized<Base>`. Type checkers see `Any`, because no type says "`Base` and `Mechanic`".
 
     Raises:
         TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.
@@ -110,6 +112,7 @@ def mechanize(
 
     Source: arXiv 2306.00144, Algorithm 1.
     """
+    options = {name: value for name, value in locals().items() if name != "Base"}  # which `Config` declares
     if not (isinstance(Base, type) and issubclass(Base, Optimizer) and Base is not Optimizer):
         got = f"an instance of {type(Base).__name__}" if isinstance(Base, Optimizer) else repr(Base)
         raise TypeError(
@@ -121,24 +124,11 @@ def mechanize(
             f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
             "mechanize the plain class with the options you want."
         )
-    config = Config(
-        s_decay,
-        betas,  # type: ignore[arg-type]
-        s_init,
-        eps,
-        store_delta,
-        log_func,
-        log_every,
-        skip_nonfinite,
-        process_group,
-        max_lr,
-        per_group,
-    )
-    return class_for(Mechanic, Base, config)
+    return class_for(Mechanic, Base, Config(**options))
 
 
 def is_mechanized(opt: object) -> TypeGuard[Mechanic]:
-    """Tell whether an optimizer was built by a class that `mechanize` returned.
+    """Return True if an optimizer was built by a class that `mechanize` returned.
 
     Example:
         >>> import torch
@@ -162,16 +152,7 @@ class Mechanic(Optimizer):
     """
 
     mechanic_config: ClassVar[Config]
-    found_inf: Tensor  # there only while a GradScaler, or our own step, tells the base whether to skip
-    _base_has_moved = False
-    _start_is_known = False
-    _homes: Sequence[dict[str, Any]] = ()  # the parameter groups that held a tuner last
-    _steps_without_move = 0
-    _skips_in_a_row = 0
-    _watched = _warnings.NOTHING_SEEN
-    _log_count: int | None = None
-    _options_compared = False
-    _new_shape_was_said = False
+    mechanic_base: ClassVar[type[Optimizer]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -186,83 +167,85 @@ class Mechanic(Optimizer):
         Returns:
             What the base returns, usually the loss that the closure returned, else None.
 
-        If anything raises, the parameters and the tuner's vectors are put back as they were, and what the base has
-        added to the state at a first step is taken out again. What it has changed in place, such as momentum, is put
-        back only for a base that requires a closure. Of torch's SGD, Adam and AdamW with `fused=True` no copy is made
-        on a CPU: there an interrupt (Ctrl-C) in the middle of a step may find some weights stepped and others not, as
-        with the plain ones.
+        On an exception, the parameters and the tuner are restored, and the base's new state is removed. What the base
+        has changed in place, such as momentum, is restored only for a base that requires a closure. With torch's SGD,
+        Adam and AdamW and `fused=True` no copy is made: an interrupt (Ctrl-C) in the middle of a step may leave some
+        weights stepped and others not, as with the plain ones.
         """
-        lr_times = _base.LrTimes(self)
-        loss, replay = _base.first_evaluation(closure, lr_times) if closure is not None else (None, None)
-        config = self.mechanic_config
-        buckets, spreads = _buckets.collect(self)
-        if not buckets and not any(spreads):
-            _warnings.watch(self)
-            return loss
-        lr_times.factors = _start.lr_factors(self)
-        seeks = config.s_init == "auto" and not self._start_is_known  # its first scale
-        begins = seeks or any(bucket.is_new for bucket in buckets)
-        if torch.compiler.is_compiling() and begins:
-            return _base.uncompiled(Mechanic.step)(self, replay, *args, **kwargs)  # it creates state
-        inputs = args if closure is None else (replay, *args)
-        base_step = partial(_base.unwrapped_step(self, Mechanic), self, *inputs, **kwargs)
-        if _state.is_frozen(self):
-            return _control.frozen_step(self, buckets, spreads, base_step, loss, lr_times)
+        base = BaseStep(self, self.mechanic_base, closure, args, kwargs)  # evaluates the closure, at x
+        work = gather(self.param_groups, self.state, self.mechanic_config, maximize=getattr(self, "maximize", False))
+        tuner = self.mechanic_tuner
+        if work.is_empty:
+            self._mechanic_watch.check_scale(tuner, can_sync=base.can_sync)
+            return base.loss
+        base.lr_factors = tuner.lr_factors(can_sync=base.can_sync)
+        if torch.compiler.is_compiling() and (work.is_new or tuner.seeks):  # it creates state
+            return uncompiled(Mechanic.step)(self, base.closure, *args, **kwargs)
+        if tuner.is_frozen:
+            return self._frozen_step(base, work, tuner)
+        old = tuner.read()
+        self._mechanic_watch.before_step(tuner, old, work)
 
-        # Measure.
-        old = _state.read_tuner(self)
-        if not self._options_compared:
-            _warnings.check_that_base_fits(self)
-            params = (p for group in self.param_groups for p in group["params"])
-            check_parts(type(self).__name__, params, config.process_group)
-            check_agreement(
-                type(self).__name__,
-                {**config.shared(), "dtype": old.scales.dtype, "the number of scales": len(_state.homes(self))},
-                spreads,
-            )
-            self._options_compared = True
-        asks, base_skips = _base.can_ask_host(self), _base.skips_by_itself(self)
-        rules = _fused.rules_of(self, buckets, lr_times) if base_skips and not seeks else None
-        before = [[torch.empty_like(x) for x in bucket.params] for bucket in buckets] if rules is None else []
-        parts = {spread: old.scales.new_zeros(*old.scales.shape[:-1], 4) for spread in [(), *spreads]}
-        for bucket, copies in zip_longest(buckets, before):
-            bucket.densify()
-            parts[bucket.spread][bucket.tuner].add_(bucket.measure(copies).to(old.scales))
-        parts = {spread: _base.unscaled(self, part) for spread, part in parts.items()}
-        dots = sum_over_processes(parts, spreads)
+        # Measure: everything at x, before the base moves.
+        fused = None if tuner.seeks else one_pass(self, base, work)
+        advance = fused or TwoPasses(base, work)
+        dots = work.total(Bucket.measure, like=old.scales, unscaled=base.unscaled)
 
         # Tune.
-        lr = _base.largest_lr(self, dots, lr_times.factors)
-        new, memory, length, part = _start.learn(self, old, dots, lr, tune)
-        skip = torch.stack(new).isfinite().all().logical_not()
-        we_skip = _steps.needs_us(self, buckets)
-        if _steps.is_left_out(self, skip, we_skip):
-            return loss
-        # A group of which nothing was measured has no gradient, in any process.
-        left_out = skip | (dots == 0).all(-1) if config.per_group else skip
-        new = TunerState(*(torch.where(left_out.unsqueeze(-1), a, b) for a, b in zip(old, new, strict=True)))
+        bet = tuner.bet(old, dots, base.lr_factors)
+        learned = tuner.settle(bet, tune(bet.state, bet.dots, bet.params))
+        skip, skipper = learned.is_nonfinite(), base.skipper(work, self.mechanic_config)
+        if skipper is Skipper.HOST and skip.item():
+            return self._skip_step(base, tuner)
+        unchanged = tuner.unchanged(dots, skip)
+        learned = learned.unchanged_where(unchanged, old)
 
-        # Base step and move: with "auto" a plain step.
-        part = None if part is None else torch.where(left_out, 0.0, part)
-        if rules is not None:
-            _fused.step_and_move(self, buckets, rules, _start.scales(old, new, length, part), skip)
-        else:
-            evaluates_again = closure is not None and _base.requires_closure(base_step.func)
-            with _buckets.undone_on_error(self, buckets, before, whole_state=evaluates_again):
-                undone = _buckets.undone_where(skip if we_skip and not asks else None, self, buckets, before)
-                found_inf = _base.found_inf(self, skip if base_skips else None)
-                with undone, _state.unseen_by_base(self.state), found_inf, lr_times:
-                    loss = base_step()
-                if seeks and memory is not None:
-                    new, memory = _start.begin(self, buckets, before, spreads, new, memory, dots, lr)
-                _buckets.move(buckets, before, _start.scales(old, new, length, part))
-        unit, scale = _start.together(memory), new.scales.sum(-1)
-        write = _state.prepared(self, new, left_out, skip, unit=unit, lr=lr, scale=scale)
-        _buckets.commit(self, buckets, write)
-        if asks and not self._base_has_moved and not skip.item():
-            _warnings.check_that_base_moved(self, buckets)
-        _steps.report(self, buckets)
-        return loss
+        # Base step and move.
+        with base.rolled_back_on_error(work):
+            advance.step(skip, skipper)
+            if tuner.seeks:
+                learned = tuner.first_scale(learned, work.length_of_update(dots), bet, can_sync=base.can_sync)
+            advance.move(learned.scales(old), skip)
+        work.commit(self.state, tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned))
+        self._mechanic_watch.after_step(tuner, work, skip, can_sync=base.can_sync)
+        return base.loss
+
+    def _frozen_step(self, base: BaseStep, work: Work, tuner: Tuner) -> Any:
+        """Make the base's own step at lr times the frozen scale: nothing is measured, nothing is moved."""
+        config, scale = self.mechanic_config, tuner.read().scales.sum(-1)
+        skip, is_told = scale.new_zeros((), dtype=torch.bool), config.skip_nonfinite or base.found_inf is not None
+        if config.skip_nonfinite:
+            skip = work.total(Bucket.nonfinite, like=scale, unscaled=base.unscaled).isfinite().all().logical_not()
+        elif base.found_inf is not None:
+            skip = base.found_inf.to(scale.device).reshape(()) > 0
+        skipper = base.skipper(work, config)
+        if skipper is Skipper.HOST and skip.item():
+            return self._skip_step(base, tuner)
+        lr = tuner.largest_lr(base.lr_factors, like=scale)
+        base.lr_factors = [a * b for a, b in zip(base.lr_factors, tuner.frozen_scales(), strict=True)]
+        base.call(work, skip, skipper, tells_base=is_told)
+        work.commit(self.state, tuner.recorded(scale, lr, skip, unchanged=skip))
+        self._mechanic_watch.after_frozen_step(tuner, work)
+        return base.loss
+
+    def _skip_step(self, base: BaseStep, tuner: Tuner) -> Any:
+        """Leave everything as it is, but count."""
+        tuner.count_skipped()
+        self._mechanic_watch.after_skip(tuner, self, can_sync=base.can_sync)
+        return base.loss
+
+    @cached_property
+    def _mechanic_tuner(self) -> Tuner:
+        return Tuner(self.mechanic_config, is_proportional=not issubclass(self.mechanic_base, NOT_IN_PROPORTION))
+
+    @cached_property
+    def _mechanic_watch(self) -> Watch:
+        return Watch(type(self).__name__, self.mechanic_base, self.mechanic_config)
+
+    @property
+    def mechanic_tuner(self) -> Tuner:
+        """The tuner's numbers, as the parameter groups hold them now."""
+        return self._mechanic_tuner.at(self.param_groups, is_new=not self.state)
 
     @property
     def scale(self) -> Tensor:
@@ -270,16 +253,16 @@ class Mechanic(Optimizer):
 
         It is on the parameters' device, once a step was made.
         """
-        return _state.scale(self)
+        scale = self.mechanic_tuner.scale
+        return scale if self.mechanic_config.per_group else scale[0]
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was not finite. Reading it copies to the host."""
-        _state.attach_tuner(self)
-        return int(self.param_groups[0][_state.SKIPPED_STEPS])
+        """How many steps were skipped because a gradient was not finite. Syncs."""
+        return self.mechanic_tuner.skipped_steps
 
     def effective_lr(self) -> list[float]:
-        """Return, for each parameter group, its current lr times its learned scale. Copies to the host.
+        """Return, for each parameter group, its current lr times its learned scale. Syncs.
 
         This is the learning rate at which the plain base optimizer would now make steps of the same size. A base
         without lr counts as lr 1.
@@ -291,15 +274,14 @@ class Mechanic(Optimizer):
             >>> optimizer.effective_lr()
             [0.0]
         """
-        scales = self.scale.expand(len(self.param_groups)).tolist()
-        return [lr * scale for lr, scale in zip(_base.lrs(self.param_groups), scales, strict=True)]
+        return self.mechanic_tuner.effective_lr()
 
     def learned_lr(self) -> list[float]:
         """Return, for each parameter group, the lr to give to the plain base optimizer, for a run like this one.
 
         It is the lr at which the same schedule sums to the same, over the steps so far: max(lr) * sum(scale * lr) /
         sum(lr), that is, the average of the scale, weighted by the schedule. Groups that share a scale are in
-        proportion to their "initial_lr", which schedulers set, or else to their lr. Copies to the host.
+        proportion to their "initial_lr", which schedulers set, or else to their lr. Syncs.
 
         Example:
             >>> import torch
@@ -308,27 +290,26 @@ class Mechanic(Optimizer):
             >>> optimizer.learned_lr()
             [0.0]
         """
-        peaks, shares = _state.average_lrs(self), _base.lrs(self.param_groups, "initial_lr")
-        ratios = [share / max(shares) if any(shares) else 1.0 for share in shares]
-        return peaks if self.mechanic_config.per_group else [peaks[0] * ratio for ratio in ratios]
+        return self.mechanic_tuner.learned_lr()
 
     def reset(self) -> None:
-        """Start the tuner and the sums of updates anew from the current weights: a new task, new data.
+        """Start the tuner and the sums of updates again from the current weights: a new task, new data.
 
         The base's own state, such as momentum, stays. The counts of steps and of skipped steps begin again, too.
         """
-        _state.clear(self)
-        self._watched = _warnings.NOTHING_SEEN
-        self._log_count = None
-        self._start_is_known = False
+        for state in self.state.values():
+            for key in PER_PARAMETER:
+                state.pop(key, None)
+        self.mechanic_tuner.clear()
+        self._mechanic_watch.restart()
 
     def freeze_scale(self) -> None:
         """Stop adapting: from now on a step is the base's own, at lr times the present scale, and costs what that does.
 
-        What is kept up: the counts, `learned_lr()`, and `skip_nonfinite`, which takes a look at the gradients and its
-        host read (and a sum over the processes, if they share the tuner). Schedules and changes of lr go on to work,
+        What is kept up: the counts, `learned_lr()`, and `skip_nonfinite`, which costs a pass over the gradients and a
+        sync (and a sum over the processes, if they share the tuner). Schedules and changes of lr go on to work,
         and nothing but lr moves the effective lr, `max_lr` included. A step that raises is not undone. Checkpoints hold
-        that the scale is frozen; `reset()` unfreezes. Of several processes, all must freeze. Copies to the host.
+        that the scale is frozen; `reset()` unfreezes. Of several processes, all must freeze. Syncs.
 
         Raises:
             ValueError: no scale has been learned yet; a parameter group has no lr; the updates of the base are not in
@@ -348,11 +329,11 @@ class Mechanic(Optimizer):
             >>> optimizer.effective_lr() == frozen
             True
         """
-        _control.freeze(self)
+        self.mechanic_tuner.freeze(type(self).__name__, self.mechanic_base.__name__)
 
     def unfreeze_scale(self) -> None:
         """Learn the scale again, from what it and the sums of updates were when it was frozen. No weight jumps."""
-        _control.unfreeze(self)
+        self.mechanic_tuner.unfreeze()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group` does.
@@ -362,20 +343,22 @@ class Mechanic(Optimizer):
         Raises:
             ValueError: the group asks for `differentiable=True`; or with `per_group`, the scales are frozen.
         """
-        _control.check_can_grow(self)
-        if any(key.startswith("mechanic_") for key in param_group):  # taken over from another optimizer
-            param_group = {key: value for key, value in param_group.items() if not key.startswith("mechanic_")}
+        who = type(self).__name__
+        if self.param_groups:
+            self.mechanic_tuner.check_can_grow(who)
+        if any(is_ours(key) for key in param_group):  # taken over from another optimizer
+            param_group = {key: value for key, value in param_group.items() if not is_ours(key)}
         super().add_param_group(param_group)
         try:
-            _state.check_group(type(self).__name__, self.param_groups[-1])
+            check_group(who, self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
-        _state.attach_tuner(self)
+        _ = self.mechanic_tuner  # gives the group its row
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as `torch.optim.Optimizer.state_dict` does."""
-        _state.attach_tuner(self)  # groups may have been changed since the last step
+        _ = self.mechanic_tuner  # gives rows to groups that have changed since the last step
         return super().state_dict()
 
     def load_state_dict(
@@ -383,7 +366,7 @@ class Mechanic(Optimizer):
     ) -> None:
         """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict` does.
 
-        A checkpoint of the plain base loads too: the tuner then starts afresh. It brings the plain learning rate; set
+        A checkpoint of the plain base loads too: the tuner then starts again. It brings the plain learning rate; set
         each group's "lr" back to 1.0 afterwards. Further arguments are passed on to the base.
 
         Args:
@@ -404,47 +387,48 @@ class Mechanic(Optimizer):
             >>> saved = mechanize(torch.optim.SGD, s_init=1e-8)(params, lr=1.0).state_dict()
             >>> mechanize(torch.optim.SGD, s_init="auto")(params, lr=1.0).load_state_dict(saved, tuner="fresh")
         """
-        with _state.checked(self, state_dict, tuner) as fitting:
+        with checked(self, self.mechanic_config, state_dict, tuner) as fitting:
             super().load_state_dict(fitting, *args, **kwargs)
-        self._log_count = None
-        self._start_is_known = False
+        vars(self).pop("_mechanic_tuner", None)  # it has seen other groups
+        _ = self.mechanic_tuner
+        self._mechanic_watch.forget_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint, without showing the base what it has not written."""
-        with _state.unseen_by_base(state["state"]):
+        with hidden_state(state["state"]):
             super().__setstate__(state)
 
 
-def tune(state: TunerState, dots: Tensor, config: Config | Numbers) -> TunerState:
+def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
     """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
 
     Args:
-        state: the vectors m, v, r, s, shape (n,) each; or (G, n), a row for each of several tuners.
-        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (4,) or (G, 4), before the base's step.
-        config: s_decay, betas, s_init, eps, penalty.
+        state: the vectors m, v, r, s, shape (G, n): a row for each of G tuners.
+        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (G, 4), before the base's step.
+        params: betas, s_decay, s_init, eps, loss_weight.
 
     Returns:
         The next state, in the dtype and on the device of the old one, which is not changed.
 
     Example:
         >>> import torch
-        >>> config, start = Config(betas=(0.9, 0.99)), TunerState(*torch.zeros(4, 2))
-        >>> state = tune(start, torch.tensor([-3.0, 0.0, 1.0, 1.0]), config)
+        >>> params = Config(betas=(0.9, 0.99)).tune_params
+        >>> state = tune(TunerState(*torch.zeros(4, 1, 2)), torch.tensor([[-3.0, 0.0, 1.0, 1.0]]), params)
         >>> state.max_product.tolist(), f"{state.scales.sum():.0e}"
-        ([3.0, 3.0], '1e-08')
+        ([[3.0, 3.0]], '1e-08')
 
     Source: arXiv 2306.00144, Algorithm 1.
     """
     m, v, r, s = state
-    delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (1,) or (G, 1), as h
-    beta = torch.stack([s.new_full((), beta) for beta in config.betas])  # filled there: copying would block a GPU
+    delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (G, 1), as h
+    beta = torch.stack([s.new_full((), beta) for beta in params.betas])  # filled there: copying would block a GPU
     x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
 
-    h = delta_g + config.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
+    h = delta_g + params.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
     m = torch.maximum(beta * m, h.abs())
     v = beta.square() * v + h.square()
     reward = -s * h
-    r = (beta * r + torch.maximum(reward, config.penalty * reward)).clamp_min(0.0)
-    wealth = config.s_init / len(config.betas) * m + r  # type: ignore[operator]  # "auto" has become a number
-    s = (wealth / (v.sqrt() + config.eps)).masked_fill(wealth == 0, 0.0)
+    r = (beta * r + torch.maximum(reward, params.loss_weight * reward)).clamp_min(0.0)
+    wealth = params.s_init / len(params.betas) * m + r
+    s = (wealth / (v.sqrt() + params.eps)).masked_fill(wealth == 0, 0.0)
     return TunerState(m, v, r, s)

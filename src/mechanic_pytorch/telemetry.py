@@ -1,7 +1,7 @@
 """What the tuner has learned, as numbers: now (`read_out`), and over the steps of a run (`Trace`).
 
 Reading waits for the device, so it is done in one copy. A snapshot packs the tensors of interest into one, on their
-device, without looking at them; it can be read at once, or kept and read later.
+device, without a sync; it can be read at once, or kept and read later.
 
 Example:
     >>> import torch
@@ -29,7 +29,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mechanic_pytorch import _base, _state, kernels
+from mechanic_pytorch import kernels
+from mechanic_pytorch._config import Config
+from mechanic_pytorch._torch import can_sync
+from mechanic_pytorch._tuner import STEPS, Tuner, entries_of
 from mechanic_pytorch.mechanic import Mechanic, is_mechanized
 
 T = TypeVar("T")
@@ -48,9 +51,9 @@ class ReadOut:
         effective_lr: per parameter group: its lr at that moment, times its scale.
         learned_lr: per parameter group: for the plain optimizer, see `Mechanic.learned_lr`.
         max_product: m of the paper, per tuner and beta.
-        sum_squared_products: v of the paper, likewise.
-        reward: r of the paper, likewise.
-        scales: s of the paper, likewise.
+        sum_squared_products: v of the paper, in the same order.
+        reward: r of the paper, in the same order.
+        scales: s of the paper, in the same order.
         kernels: what does the work, per device; "foreach, because ..." where a faster one has failed its check.
     """
 
@@ -141,7 +144,7 @@ class Trace:
     def __init__(self, optimizer: object, capacity: int = 1000) -> None:
         self._rows: Series[Snapshot] = Series(capacity)
         inner = _mechanized(optimizer)
-        inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if _base.can_ask_host(stepped) else None)
+        inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if can_sync(stepped) else None)
 
     def record(self, optimizer: object) -> None:
         """Take in the present state. Steps do so by themselves, unless they are compiled or in a CUDA graph."""
@@ -193,36 +196,36 @@ class _Place(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What a read-out is made of, not looked at."""
+    """What a read-out is made of, still on the device."""
 
-    kind: type[Mechanic]
+    config: Config
     groups: list[dict[str, Any]]
     kernels: dict[str, str]
     packed: Tensor  # the bytes of all tensors that the groups hold, in order, on the tuner's device
 
 
 def snapshot(optimizer: object) -> Snapshot:
-    """Return the present state of a mechanized optimizer, or of one in a wrapper, without looking at it.
+    """Return the present state of a mechanized optimizer, or of one in a wrapper, without a sync.
 
     Raises:
         TypeError: it is not mechanized.
     """
     inner = _mechanized(optimizer)
-    _state.attach_tuner(inner)
-    device = inner.param_groups[0][_state.STEPS].device
+    held = inner.mechanic_tuner.groups
+    device = held[0][STEPS].device
     groups: list[dict[str, Any]] = []
     parts = []
-    for group in inner.param_groups:
+    for group in held:
         groups.append({"params": []})
-        for key, value in _state.worth_reading(group).items():
+        for key, value in entries_of(group).items():
             if isinstance(value, Tensor):
-                # Bytes, for the counters are integers, and the one float type that holds them is not everywhere.
+                # Bytes, because the counters are integers, and not every device has the float type that holds them.
                 parts.append(value.detach().to(device).reshape(-1).view(torch.uint8))
                 value = _Place(value.dtype, value.shape)
             groups[-1][key] = value
-    devices = {p.device: None for group in inner.param_groups for p in group["params"]}
+    devices = {p.device: None for group in held for p in group["params"]}
     in_use = {str(device): kernels.in_use(device) for device in devices}
-    return Snapshot(type(inner), groups, in_use, torch.cat(parts))
+    return Snapshot(inner.mechanic_config, groups, in_use, torch.cat(parts))
 
 
 def read(snapshots: Sequence[Snapshot]) -> list[ReadOut]:
@@ -245,15 +248,14 @@ def _read_one(taken: Snapshot, packed: Tensor) -> ReadOut:
                 start, at = at, at + value.shape.numel() * value.dtype.itemsize
                 value = packed[start:at].clone().view(value.dtype).reshape(value.shape)
             groups[-1][key] = value
-    host = _state.stand_in(taken.kind, groups)
-    vectors = _state.read_tuner(host)
+    tuner = Tuner(taken.config).at(groups)
     return ReadOut(
-        steps=int(host.param_groups[0][_state.STEPS]),
-        skipped_steps=host.skipped_steps,
-        scale=host.scale.reshape(-1).tolist(),
-        effective_lr=host.effective_lr(),
-        learned_lr=host.learned_lr(),
-        **{name: rows.reshape(-1, rows.shape[-1]).tolist() for name, rows in vectors._asdict().items()},
+        steps=tuner.steps,
+        skipped_steps=tuner.skipped_steps,
+        scale=tuner.scale.tolist(),
+        effective_lr=tuner.effective_lr(),
+        learned_lr=tuner.learned_lr(),
+        **{name: rows.tolist() for name, rows in tuner.state._asdict().items()},
         kernels=taken.kernels,
     )
 

@@ -34,7 +34,7 @@ class MechanicCallback(TrainerCallback):
     _last: Snapshot | None = None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what is in force, for the schedule moves before the Trainer logs."""
+        """Keep what is in force, because the schedule moves before the Trainer logs."""
         self._last = snapshot(kwargs["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

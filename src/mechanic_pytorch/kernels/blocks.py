@@ -107,7 +107,7 @@ def step_and_move(
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
-    """Tell whether all tensors of each parameter lie in memory in the same order, as `step_and_move` needs them."""
+    """Return True if all tensors of each parameter lie in memory in the same order, as `step_and_move` needs them."""
     if all([t.is_contiguous() for tensors in (params, *others) for t in tensors]):  # noqa: C419  # see _aligned
         return True
     return all(_aligned(tensors) is not None for tensors in zip(params, *others, strict=True))

@@ -1,4 +1,4 @@
-"""A kernel that is trusted only after a look: each of its variants is compared with another kernel once.
+"""A kernel that is trusted only after a check: each of its variants is compared once with another kernel.
 
 The first call of a variant, that is, of a function with some dtypes, options and device, is first made by both kernels
 on copies of the beginnings of all tensors. If the results differ, or the kernel cannot be compiled or launched (where
@@ -105,7 +105,7 @@ class Checked:
         kernel.step_and_move(rule, params, grads, kept, compensations, old_scale, new_scale, part)
 
     def can_step(self, params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
-        """Tell whether `step_and_move` can be called."""
+        """Return True if `step_and_move` can be called."""
         if not params or params[0].device in self.failures:
             return False
         try:

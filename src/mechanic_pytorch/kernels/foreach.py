@@ -66,7 +66,7 @@ def step_and_move(
 
 
 def can_step(*lists: Sequence[Tensor]) -> bool:
-    """Tell whether to do so: only for a compiler, which cannot look into the fused steps of torch's own classes."""
+    """Return True only for a compiler, which cannot look into the fused steps of torch's own classes."""
     return torch.compiler.is_compiling()
 
 

@@ -101,7 +101,7 @@ def step_and_move(
 
 
 def can_step(params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
-    """Tell whether `step_and_move` takes these parameters, gradients, what is kept of them, and states.
+    """Return True if `step_and_move` takes these parameters, gradients, what is kept of them, and states.
 
     All tensors of a parameter must lie in memory in the same order, and have its dtype, except what is kept.
     """

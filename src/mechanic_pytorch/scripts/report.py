@@ -18,8 +18,8 @@ from rich.text import Text
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch._base import can_ask_host
-from mechanic_pytorch._patch import Built, is_torchs
+from mechanic_pytorch._torch import can_sync
+from mechanic_pytorch.scripts.patch import Built, is_torchs
 from mechanic_pytorch.telemetry import Series, Snapshot, read, snapshot
 
 CAPACITY = 1000  # points per curve
@@ -64,7 +64,7 @@ class Record:
         return watched
 
     def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if can_ask_host(optimizer):
+        if can_sync(optimizer):
             self._rows.add(lambda: (snapshot(optimizer), self._seen[0] if self._seen else None))
 
 
@@ -127,7 +127,7 @@ def _why_nothing(one: Built) -> str:
     if one.steps == 0:
         return "its step() was never called, or no parameter had a gradient"
     if one.steps == one.skipped_steps:
-        return "every step was skipped, for a gradient was inf or nan"
+        return "every step was skipped, because a gradient was inf or nan"
     return f"nothing has moved in {one.steps} steps"
 
 

@@ -1,4 +1,4 @@
-"""`patched`: optimizers that code of others builds are mechanized as they are built.
+"""`patched`: mechanize optimizers as someone else's code builds them.
 
 The hook is `Optimizer.__init__`, which every optimizer calls when its own `__init__` has read its arguments: there an
 object whose class is to be mechanized changes its class, before it has any state. Nothing else of torch is touched, so
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mechanic_pytorch import _state
-from mechanic_pytorch._base import lrs
+from mechanic_pytorch._torch import lrs
+from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of
 from mechanic_pytorch.mechanic import Mechanic, mechanize
 
 Named = type[Optimizer] | str
 
 _Init = Callable[..., None]
 
-_active: list[_Patch] = []  # the last one decides
+_active: list[Patch] = []  # the last one decides
 _installed: list[tuple[_Init, _Init]] = []  # at most one: our function, and what was there before
 _lock = RLock()
 
@@ -44,8 +44,8 @@ def patched(
     """Mechanize every optimizer of `torch.optim` that is built inside this context, by whomever.
 
     The optimizer is an instance of the class that was called, and of `Mechanic`. How the class was got hold of makes no
-    difference. Left as they are: optimizers of others and subclasses of torch's, unless `include` names them; LBFGS,
-    which assumes that it owns its steps, likewise; what is mechanized already; copies and unpickled ones; and what
+    difference. Left as they are: third-party optimizers, subclasses of torch's, and LBFGS, which assumes that it owns
+    its steps, unless `include` names them; what is mechanized already; copies and unpickled ones; and what
     `mechanize` refuses (the entry in the list says why). The context holds for all threads, until the last one leaves
     it; contexts may be nested, and the one entered last decides.
 
@@ -68,7 +68,7 @@ def patched(
     Example:
         >>> import torch
         >>> from mechanic_pytorch import patched
-        >>> def train():  # somebody else's
+        >>> def train():  # someone else's
         ...     model = torch.nn.Linear(4, 1)
         ...     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         ...     for _ in range(20):
@@ -80,7 +80,7 @@ def patched(
         >>> [(one.base.__name__, one.steps, one.script_lrs) for one in built]
         [('AdamW', 20, [0.001])]
     """
-    return _patching(_Patch(base_lr, include, exclude, {"s_init": s_init, **options}))
+    return patching(Patch(base_lr, include, exclude, {"s_init": s_init, **options}))
 
 
 class Built:
@@ -96,9 +96,9 @@ class Built:
     """
 
     def __init__(self, optimizer: Optimizer, base: type[Optimizer], reason: str | None) -> None:
-        self.base: type[Optimizer] = getattr(base, "_mechanic_made_from", (None, base))[1]  # the plain class
-        self.is_mechanized = isinstance(optimizer, Mechanic)
-        self._kind = type(optimizer)
+        self.base: type[Optimizer] = getattr(base, "mechanic_base", base)  # the plain class
+        self._config = optimizer.mechanic_config if isinstance(optimizer, Mechanic) else None
+        self.is_mechanized = self._config is not None
         self.reason = reason  # why it was left as it is, or None
         self.script_lrs: list[float] = []  # per group, as the code gave them
         self._factor = 1.0
@@ -115,20 +115,17 @@ class Built:
 
     @property
     def steps(self) -> int:
-        """How many steps were made, skipped ones included; of a mechanized optimizer. Copies to the host."""
-        return int(self._now()[0].get(_state.STEPS, 0))
+        """How many steps were made, skipped ones included; of a mechanized optimizer. Syncs."""
+        return int(self._now()[0].get(STEPS, 0))
 
     @property
     def skipped_steps(self) -> int:
-        """How many of them were skipped, for a gradient was not finite. Copies to the host."""
-        return int(self._now()[0].get(_state.SKIPPED_STEPS, 0))
+        """How many of them were skipped, because a gradient was not finite. Syncs."""
+        return int(self._now()[0].get(SKIPPED_STEPS, 0))
 
     def learned_lr(self) -> list[float]:
-        """Return `Mechanic.learned_lr` as it is, or was at the last step; empty for a plain one. Copies to the host."""
-        if not self.is_mechanized:
-            return []
-        learned: list[float] = _state.stand_in(self._kind, self._now()).learned_lr()
-        return learned
+        """Return `Mechanic.learned_lr` as it is, or was at the last step; empty for a plain one. Syncs."""
+        return Tuner(self._config).at(self._now()).learned_lr() if self._config else []
 
     def rescale(self, optimizer: Optimizer, base_lr: float) -> None:
         """Make `base_lr` the largest lr of the groups and keep the ratios, those of groups to come included."""
@@ -149,8 +146,8 @@ class Built:
         vars(optimizer)["add_param_group"] = add_param_group
 
     def _see(self, optimizer: Optimizer, *_: Any) -> None:
-        """Note what a report needs: references to tensors, which are not looked at, and numbers."""
-        self._groups = [_state.worth_reading(group) for group in optimizer.param_groups]
+        """Note what a report needs, without a sync: references to tensors, and numbers."""
+        self._groups = [entries_of(group) for group in optimizer.param_groups]
         new = optimizer.param_groups[len(self.script_lrs) :]
         self.script_lrs += [lr / self._factor for lr in lrs(new, "initial_lr")]
 
@@ -161,7 +158,7 @@ class Built:
         return self._groups
 
 
-class _Patch:
+class Patch:
     """One context: its options, checked, and what was built in it."""
 
     def __init__(
@@ -208,7 +205,7 @@ class _Patch:
 
 
 def is_torchs(cls: type[Optimizer]) -> bool:
-    """Tell whether this is an optimizer of `torch.optim`."""
+    """Return True if this is an optimizer of `torch.optim`."""
     return f"{cls.__module__}.".startswith("torch.optim.")
 
 
@@ -225,7 +222,7 @@ def _names(argument: str, names: Iterable[Named]) -> list[Named]:
 
 
 def _bears(cls: type[Optimizer], name: Named) -> bool:
-    """Tell whether this is the class of that name, which may be the name of the class alone. Imports nothing."""
+    """Return True if this is the class of that name, which may be the name of the class alone. Imports nothing."""
     if not isinstance(name, str):
         return cls is name
     module, _, last = name.rpartition(".")
@@ -235,7 +232,8 @@ def _bears(cls: type[Optimizer], name: Named) -> bool:
 
 
 @contextmanager
-def _patching(patch: _Patch) -> Iterator[list[Built]]:
+def patching(patch: Patch) -> Iterator[list[Built]]:
+    """Mechanize what is built in the block as this patch says."""
     with _lock:
         _active.append(patch)
         if len(_active) == 1:
@@ -247,7 +245,9 @@ def _patching(patch: _Patch) -> Iterator[list[Built]]:
             _active.remove(patch)
             if not _active:
                 init, original = _installed.pop()
-                if vars(Optimizer)["__init__"] is init:  # else somebody has wrapped it, and it sleeps below theirs
+                if (
+                    vars(Optimizer)["__init__"] is init
+                ):  # else someone has wrapped it since: ours stays below theirs, inactive
                     Optimizer.__init__ = original  # type: ignore[method-assign]
 
 
@@ -268,7 +268,7 @@ def _install() -> tuple[_Init, _Init]:
     return init, original
 
 
-def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: _Init, patches: list[_Patch]) -> None:
+def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: _Init, patches: list[Patch]) -> None:
     """Call `init` on an object of the mechanized class, or of its own, and list it."""
     patch, base = patches[-1], type(self)
     reason = patch.reason_against(base)

@@ -1,4 +1,4 @@
-"""The command `mechanic run`: somebody else's training script, without choosing a learning rate.
+"""The command `mechanic run`: someone else's training script, without choosing a learning rate.
 
 click reads the command line and nothing else: the script runs when it has returned, so that whatever the script raises
 reaches the interpreter as if the script had been started by it.
@@ -14,7 +14,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
-from mechanic_pytorch._patch import Built, _Patch, _patching
-from mechanic_pytorch._report import Record, show, write
+from mechanic_pytorch.scripts.patch import Built, Patch, patching
+from mechanic_pytorch.scripts.report import Record, show, write
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 
 
-class _ScriptPatch(_Patch):
+class _ScriptPatch(Patch):
     """What the command asks of the optimizers that a script builds."""
 
     def __init__(self, *of_patch: Any, over_world: bool, records_curves: bool) -> None:
@@ -43,7 +43,7 @@ class _ScriptPatch(_Patch):
         self._was_launched = _rank() is not None
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
-        """Leave all plain in a script that makes processes by itself, for there nothing mechanizes the others' part."""
+        """Leave all plain in a script that makes processes by itself, because nothing mechanizes the others' part."""
         reason = super().reason_against(cls)
         if reason is None and not self._was_launched and _world_size() > 1:
             return (
@@ -95,6 +95,33 @@ def _number_or(word: str) -> Callable[[str], Any]:
 _numbers = _reading(lambda text: tuple(float(part) for part in text.split(",")), "a list of numbers such as 0.9,0.99")
 
 
+_KINDS: dict[str, dict[str, Any]] = {  # how click reads an option, by the type of its field
+    "float": {"type": float},
+    "float | None": {"type": float},
+    "float | Literal['auto']": {"type": _number_or("auto"), "metavar": "auto|NUMBER"},
+    "tuple[float, ...]": {"type": _numbers, "metavar": "NUMBER,..."},
+    "int": {"type": int, "metavar": "STEPS"},
+}
+
+
+def _options_of_mechanize(command: Callable[..., _Job]) -> Callable[..., _Job]:
+    """Give the command the options that `Config` declares, with "auto" as the start."""
+    for option in reversed(fields(Config)):
+        name, default = option.name.replace("_", "-"), "auto" if option.name == "s_init" else option.default
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        if option.type == "bool":
+            names = f"--{name}/--no-{name}" if default else f"--{name}"
+            kind: dict[str, Any] = {} if default else {"is_flag": True}
+        else:
+            names, kind = f"--{name}", _KINDS.get(str(option.type), {})
+        if option.metadata["help"]:
+            shown = bool(default)
+            command = click.option(names, default=text, show_default=shown, help=option.metadata["help"], **kind)(
+                command
+            )
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mechanic-pytorch", prog_name="mechanic")
 def _mechanic() -> None:
@@ -128,35 +155,7 @@ def _mechanic() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Write report.json, a picture of the learning rate over the steps and a TensorBoard log into this directory.",
 )
-@click.option(
-    "--s-init",
-    type=_number_or("auto"),
-    metavar="auto|NUMBER",
-    default="auto",
-    show_default=True,
-    help="Initial scale; auto measures it at the first update.",
-)
-@click.option("--s-decay", type=float, default=Config.s_decay, show_default=True, help="Weight decay in the tuner.")
-@click.option(
-    "--betas",
-    type=_numbers,
-    metavar="NUMBER,...",
-    default=",".join(map(str, Config.betas)),
-    show_default=True,
-    help="Discount factors of the tuner.",
-)
-@click.option("--eps", type=float, default=Config.eps, show_default=True, help="Added to the tuner's denominator.")
-@click.option("--log-every", type=int, metavar="STEPS", default=0, help="Print the scale every so many steps.")
-@click.option(
-    "--skip-nonfinite/--no-skip-nonfinite",
-    default=True,
-    show_default=True,
-    help="Skip steps whose gradient is inf or nan.",
-)
-@click.option("--max-lr", type=float, help="Bound of the effective learning rate; none if not given.")
-@click.option(
-    "--per-group", is_flag=True, help="Learn one scale for each parameter group; the ratios between their lrs are lost."
-)
+@_options_of_mechanize
 @click.option(
     "--process-group",
     type=click.Choice(["world"]),
@@ -228,7 +227,7 @@ def main() -> None:
         sys.exit(job)  # --help and --version have printed what they had to
     outcome, process = "finished", os.getpid()
     try:
-        with _patching(job.patch):
+        with patching(job.patch):
             _execute(job)
     except BaseException as error:
         outcome = _in_words(error)
@@ -305,7 +304,7 @@ def _rank() -> str | None:
 
 
 def _reports() -> bool:
-    """Tell whether this process speaks for all of them."""
+    """Return True if this process speaks for all of them."""
     return _rank() in (None, "0")
 
 

@@ -1,0 +1,295 @@
+r"""`s_init="auto"`: plain steps of the base, at a scale that is learned from the way the weights have really gone.
+
+A step is the base's own, S times as long, and nothing else:
+
+    x = x + S * u
+
+S is learned by the bets of Algorithm 1 (`tune`), on D = x - x_ref, the way that the weights have really gone: with
+delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two steps is in D. This file is
+what happens before `tune` (`bet`) and after it (`settle`): six rules that replace the constants of Algorithm 1. They
+are pure functions of numbers, one for each tuner. docs/safety.md gives the reasons, docs/design-notes.md what the
+constants were chosen on.
+
+**Start** (`first_scale`). |u| is the length of the first update and |x| that of the weights then, 1 if they are all 0.
+The first step already moves the weights by `RELATIVE` of their length: s_init = RELATIVE * |x| / |u|. s_decay is
+counted in |u| / (the longest |x| so far), and eps is 0. Multiplying all updates by a constant then changes nothing: so
+no base lr matters. The scale stays 0 until the first nonzero update and gradient. Under a warm-up |u| is rescaled to
+the largest lr.
+
+**Time** (`settle`). A step whose lr is the part w of the largest so far counts as the part w of a step: the new vectors
+are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND` of its
+largest, w is 1, because the schedule may be over soon; and an lr that is more than `FASTEST` times the largest before
+it, as no warm-up is, lowers the scale by what is more.
+
+**Noise** (`bet`). While lr is at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. Once
+lr falls, losses count half: the schedule takes noise out of the weights by itself, so the scale that pays best at the
+moment is too small for the end.
+
+**Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
+where k is `FOLLOW` while lr is at its highest and `FOLLOW_FALLING` once it falls.
+
+**Falls** (`settle`). A scale that has fallen to `LOST` of its largest was wrong, or its bets were about another
+problem. It goes on from `REGAINED` of its largest, or `REGAINED_FALLING` once lr falls, with empty vectors; that is the
+new s_init. If <D, g> there gets `RUNAWAY` times as large as when it fell, the weights run away, and it falls again.
+From the first fall on, `CEILING` times the largest effective lr before it is a ceiling. A step against it raises it by
+the part 1 / (steps since then).
+
+**Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
+max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
+
+**Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base,
+if its updates are in proportion to lr, finds every lr multiplied by one number, and nobody else does. At first that
+number makes the largest lr 1. A first update that is shorter than the weights by more than half of their digits is not
+used: the number grows and the next step tries again. Later it changes by powers of two, which round nothing: once,
+until the first update would be as long as the weights, if more than a quarter of its digits are lost; and whenever lr
+grows past what it promised to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mechanic_pytorch._config import TuneParams, TunerState
+
+RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
+LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is more is rounding
+LOSS_WEIGHT_FALLING = 0.5  # what a step that lost counts, against one that gained, once lr falls; before, 1
+FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
+LOST = 0.1  # of its largest: where a scale was wrong
+FASTEST = 2.0  # by how much a largest lr of the search may exceed that before it; by more, it is lowered
+RUNAWAY = 10.0  # times the loss of the last time, from which on the least scale was wrong, too
+REGAINED, REGAINED_FALLING = 0.2, 0.3  # of its largest, where it then goes on
+CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
+FOLLOW, FOLLOW_FALLING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
+LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
+LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
+MOST_LR = 2.0**60  # the largest lr that a base is given
+MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
+
+
+class Memory(NamedTuple):
+    """What is remembered of the run, shape (G,) each, all 0 at first; stored side by side."""
+
+    pace: Tensor  # |u| / lr of the first update
+    longest: Tensor  # |x|
+    highest: Tensor  # lr
+    floor: Tensor  # s_init, times the highest lr
+    peak: Tensor  # the largest scale since it was last learned from empty vectors
+    age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
+    gradient: Tensor  # the longest |g| of late
+    momentum: Tensor  # the longest |g| that the base may still hold
+    loudest: Tensor  # the largest effective lr since the scale was last learned from empty vectors
+    ceiling: Tensor  # of the effective lr; 0 if there is none
+    loss: Tensor  # <D, g> where the scale was lost last; 0 if it gained there, or never was
+
+
+# Which power of lr each field is in proportion to.
+MEMORY_POWERS = (0, 0, 1, 0, -1, 0, 0, 0, 0, 0, 0)
+
+
+class Bet(NamedTuple):
+    """What `tune` takes; and what "auto" knows by then, else None."""
+
+    state: TunerState
+    dots: Tensor  # the four sums of delta, shape (G, 4)
+    params: TuneParams
+    measured: Tensor  # the four sums as they were measured
+    lr: float | Tensor  # the largest of this step's; a number, or shape (G,)
+    memory: Memory | None = None
+    length: Tensor | None = None  # of the coming step, 1 unless it is shortened, shape (G,)
+
+
+class Learned(NamedTuple):
+    """The tuner after a step; with "auto", also what makes the step a plain one."""
+
+    state: TunerState
+    memory: Memory | None = None
+    length: Tensor | None = None  # of the step, shape (G,)
+    follow: Tensor | None = None  # by what part of D x_ref follows the weights, shape (G,)
+
+    def is_nonfinite(self) -> Tensor:
+        """Return whether any number of the vectors is not finite, shape ()."""
+        return torch.stack(self.state).isfinite().all().logical_not()
+
+    def unchanged_where(self, rows: Tensor, old: TunerState) -> Learned:
+        """Return the old vectors in these rows, shape () or (G,), and an x_ref that rests."""
+        state = TunerState(*(torch.where(rows.unsqueeze(-1), a, b) for a, b in zip(old, self.state, strict=True)))
+        follow = None if self.follow is None else torch.where(rows, 0.0, self.follow)
+        return self._replace(state=state, follow=follow)
+
+    def scales(self, old: TunerState) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """Return the numbers by which a kernel moves, shape (G,) each."""
+        scale = self.state.scales.sum(-1)
+        if self.length is None or self.follow is None:
+            return old.scales.sum(-1), scale
+        return self.length * scale, self.length * scale, self.follow
+
+
+def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
+    """Return the tuner, its scales made smaller by one factor if their sum, in any order, could exceed `limit`.
+
+    Args:
+        state: the vectors, shape (G, n).
+        limit: shape (G,), or None, which bounds nothing.
+    """
+    if limit is None:
+        return state
+    margin = 1 - (state.scales.shape[-1] + 8) * torch.finfo(state.scales.dtype).eps
+    factor = (margin * limit / state.scales.sum(-1)).clamp_max(1.0).unsqueeze(-1)
+    return state._replace(scales=state.scales * factor)
+
+
+def falls(memory: Memory, lr: float | Tensor) -> Tensor:
+    """Return whether lr has begun to fall, `highest` being that of now; shape (G,)."""
+    return lr < LOWER * memory.highest
+
+
+def bet(
+    state: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
+) -> Bet:
+    """Return what `tune` needs: vectors and memory of now, the four sums of D / S, the numbers, how long a step is.
+
+    Args:
+        state: the vectors, shape (G, n).
+        memory: that of the last step.
+        dots: the four sums of D, shape (G, 4).
+        lr: the largest of this step's.
+        betas: of the options.
+        s_decay: of the options.
+    """
+    is_jump = (memory.age == 0) & (memory.pace > 0) & (lr > FASTEST * memory.highest)
+    jump = torch.where(is_jump, FASTEST * memory.highest / lr, 1.0)
+    state = state._replace(reward=jump.unsqueeze(-1) * state.reward, scales=jump.unsqueeze(-1) * state.scales)
+    scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
+    is_known = (memory.pace > 0) & (scale > 0)
+    held = torch.maximum(g, MOMENTUM * memory.momentum)
+    shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
+    gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
+    highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
+    memory = memory._replace(
+        highest=highest, longest=longest, gradient=gradient, momentum=held, peak=jump * memory.peak
+    )
+    by = torch.where(is_known, shortened / scale, 0.0)
+    sums = dots * torch.stack([by, by, torch.ones_like(by), torch.ones_like(by)], -1)
+    decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
+    s_init = torch.where(is_known, memory.floor / highest, 0.0)
+    loss_weight = torch.where(falls(memory, lr), LOSS_WEIGHT_FALLING, 1.0).to(decay)
+    params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
+    return Bet(state, sums, params, dots, lr, memory, shortened)
+
+
+def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
+    """Return the tuner after a step, what is remembered, and by what part of D x_ref follows the weights.
+
+    Args:
+        bet: what `tune` was given.
+        new: what `tune` has made of it.
+        memory: that of the bet.
+    """
+    old, lr, loss = bet.state, bet.lr, bet.measured[..., 0]
+    tiny = torch.finfo(memory.highest.dtype).tiny
+    time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
+    time = torch.where(memory.age > 0, time, (time > 0).to(time))
+    new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
+    new = TunerState(*(torch.lerp(a, b, time.unsqueeze(-1)) for a, b in zip(old, new, strict=True)))
+    scale = new.scales.sum(-1)
+
+    is_over = (memory.ceiling > 0) & (lr * scale > memory.ceiling)
+    ceiling = torch.where(is_over, memory.ceiling * (1 + time / memory.age.clamp_min(1.0)), memory.ceiling)
+    factor = torch.where(is_over, ceiling / (lr * scale), 1.0).clamp_max(1.0)
+    new = new._replace(reward=factor.unsqueeze(-1) * new.reward, scales=factor.unsqueeze(-1) * new.scales)
+    scale = factor * scale
+    loudest = torch.maximum(memory.loudest, lr * scale)
+
+    is_least = scale * memory.highest * LOWER <= memory.floor
+    runs_away = is_least & (memory.loss > 0) & (loss > RUNAWAY * memory.loss)
+    is_lost = (scale < LOST * memory.peak) | runs_away
+    is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
+    falling = falls(memory, lr).to(scale)
+    regained = memory.peak * (REGAINED + falling * (REGAINED_FALLING - REGAINED))
+    shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
+    nothing = torch.zeros_like(shares)
+    fresh = TunerState(nothing, nothing, nothing, shares)
+    new = TunerState(*(torch.where(is_lost.unsqueeze(-1), a, b) for a, b in zip(fresh, new, strict=True)))
+    lower = CEILING * loudest
+    lower = torch.where(ceiling > 0, torch.minimum(ceiling, lower), lower)
+
+    age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
+    power = FOLLOW + falling * (FOLLOW_FALLING - FOLLOW)
+    follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
+    memory = memory._replace(
+        floor=torch.where(is_lost, regained * memory.highest, memory.floor),
+        peak=torch.where(is_lost, regained, torch.maximum(memory.peak, scale)),
+        age=torch.where(is_found, age, 0.0),
+        loudest=torch.where(is_lost, 0.0, loudest),
+        ceiling=torch.where(is_lost, lower, ceiling),
+        loss=torch.where(is_lost, loss.clamp_min(0.0), memory.loss),
+    )
+    return Learned(new, memory, bet.length, follow)
+
+
+def first_scale(
+    state: TunerState, memory: Memory, update: Tensor, bet: Bet, least_ratio: Tensor
+) -> tuple[TunerState, Memory]:
+    """Return the tuner with its first scale, if the step that the base has just made was the first with an update.
+
+    Args:
+        state: the vectors, shape (G, n).
+        memory: what is remembered, with the `highest` lr of now.
+        update: |u|, shape (G,).
+        bet: that of this step.
+        least_ratio: how long the update has to be, in lengths of the weights, to be used.
+    """
+    g, x = bet.measured[..., 2].sqrt(), bet.measured[..., 3].sqrt()
+    pace, length = update / bet.lr, torch.where(x > 0, x, 1.0)
+    floor = RELATIVE * length / pace
+    scale = floor / memory.highest
+    ratio = pace * memory.highest / length
+    seeks = (memory.pace == 0) & (g > 0) & torch.stack([pace, g, x]).isfinite().all(0)
+    begins = seeks & (pace > 0) & scale.isfinite() & (ratio >= least_ratio)
+    none = torch.zeros_like(g)
+    memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
+    first = Memory(pace, length, memory.highest, floor, scale, none, g, g, none, none, none)
+    memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
+    share = (scale / state.scales.shape[-1]).unsqueeze(-1)
+    return state._replace(scales=torch.where(begins.unsqueeze(-1), share, state.scales)), memory
+
+
+class Rounding(NamedTuple):
+    """What the weights of a tuner can hold."""
+
+    precision: float  # their coarsest spacing at 1
+    most_lr: float  # the largest lr that the base may be given
+
+    @classmethod
+    def of(cls, params: Iterable[Tensor]) -> Rounding:
+        """Look at the dtypes of some parameters."""
+        dtypes = {p.dtype for p in params if p.dtype.is_floating_point or p.is_complex()}
+        kinds = [torch.finfo(dtype) for dtype in dtypes or {torch.float32}]
+        return cls(max(kind.eps for kind in kinds), min(MOST_LR, *(kind.max / 2**4 for kind in kinds)))
+
+    def least_ratio(self, limit: float) -> float:
+        """Return how long the first update has to be, in lengths of the weights, for half of its digits to be there.
+
+        Args:
+            limit: what lr times its factor is promised to be at most; what cannot grow has to do as it is.
+        """
+        return math.sqrt(self.precision) if limit / self.precision <= self.most_lr else 0.0
+
+    def growth(self, ratio: float, limit: float) -> float:
+        """Return the power of two by which the base's lr is to be multiplied, such that no update is lost in rounding.
+
+        Args:
+            ratio: the length of the first update, in lengths of the weights; 0 if there was none.
+            limit: what lr times its factor is promised to be at most.
+        """
+        bits = math.ceil(-math.log2(max(ratio, self.precision))) if ratio else 0
+        if ratio >= self.precision**0.25:
+            bits = min(bits, 0)  # it has three quarters of its digits
+        factor: float = 2.0 ** max(bits, -math.log2(limit))
+        return factor if limit * factor <= self.most_lr else 1.0

@@ -1,0 +1,226 @@
+"""One step of the base optimizer: its closure, the lr that it sees, who skips it, what it must not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mechanic_pytorch._buckets import PER_PARAMETER, Work
+from mechanic_pytorch._config import Config
+from mechanic_pytorch._torch import can_sync, has_values, reads_found_inf, requires_closure, unwrapped
+
+
+class Skipper(Enum):
+    """Who skips a step whose gradient is not finite."""
+
+    HOST = auto()  # reads the flag, and does not call the base
+    DEVICE = auto()  # steps, then rolls back where the flag is true: no sync
+    BASE = auto()  # reads `found_inf` by itself
+    NOBODY = auto()
+
+
+class BaseStep:
+    """The base optimizer's step, to be made once.
+
+    Args:
+        optimizer: the mechanized optimizer.
+        base: its plain class, whose `step` it is.
+        closure: re-evaluates the model and returns the loss, or None. It is evaluated here, at the weights and lrs as
+            they are, with autograd on; the base then gets a closure that begins by repeating that answer.
+        args: what else the user passes to `step`.
+        kwargs: the same, by name.
+
+    Attributes:
+        base: the plain class.
+        loss: what the base has returned; until it is called, what the closure has.
+        closure: the one that the base gets.
+        lr_factors: one for each parameter group, by which the base finds its lr multiplied, and nobody else does.
+        can_sync: whether the host may read a value.
+        reads_found_inf: whether the base can skip by itself.
+        grad_scale: by which the gradients are still multiplied, if a `GradScaler` has left that to the base.
+        found_inf: 1 if that scaler has found an overflow, else 0; None without one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base: type[Optimizer],
+        closure: Callable[[], Any] | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.loss: Any = None
+        self.closure = closure
+        self.lr_factors: Sequence[float] = ()
+        self._optimizer = optimizer
+        # A function, not a method: where torch.compile breaks a graph, it finds a method again by its name, which is
+        # that of the mechanized step.
+        self.base = base
+        self._step = unwrapped(base.step)
+        self._args, self._kwargs = args, kwargs
+        self._scaled_groups: list[tuple[dict[str, Any], float, Any, Any]] = []
+        self._evaluates_again = False
+        if closure is not None:
+            with torch.enable_grad():
+                self.loss = closure()
+            self.closure = self._replayed(closure, self.loss)
+            self._args = (self.closure, *args)
+            self._evaluates_again = requires_closure(self._step)
+        self.can_sync = can_sync(optimizer)
+        self.reads_found_inf = reads_found_inf(optimizer, base)
+        self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+
+    def _replayed(self, closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
+        pending = [loss]
+
+        def replay() -> Any:
+            if pending:
+                return pending.pop()
+            is_scaled = bool(self._scaled_groups)
+            if is_scaled:
+                self._restore_lr()
+            try:
+                with torch.enable_grad():
+                    return closure()
+            finally:
+                if is_scaled:
+                    self._scale_lr()
+
+        return replay
+
+    # --- Who skips ------------------------------------------------------------------------------------------------
+
+    def skipper(self, work: Work, config: Config) -> Skipper:
+        """Return who skips this step, if its gradient is not finite."""
+        # Even a base that skips by itself creates state at its first step, and not always with defined values.
+        if self.reads_found_inf and not work.is_new:
+            return Skipper.BASE
+        if not config.skip_nonfinite or not has_values(self._optimizer):
+            return Skipper.NOBODY
+        return Skipper.HOST if self.can_sync else Skipper.DEVICE
+
+    def unscaled(self, dots: Tensor) -> Tensor:
+        """Do what a `GradScaler` left to the base, to the four sums, shape (..., 4).
+
+        Two of them hold g, once and twice, and are divided by the loss scale. All become NaN if the scaler has found an
+        overflow: the step is then skipped, by all processes that add up these sums.
+        """
+        if self.grad_scale is not None:
+            inverse = 1.0 / self.grad_scale.to(dots).reshape(())
+            one = torch.ones_like(inverse)
+            dots = dots * torch.stack([inverse, one, inverse * inverse, one])
+        found = self.found_inf
+        return dots if found is None else dots.masked_fill(found.to(dots.device).reshape(()) > 0, torch.nan)
+
+    # --- The call -------------------------------------------------------------------------------------------------
+
+    def call(self, work: Work, skip: Tensor, skipper: Skipper, *, tells_base: bool = True) -> None:
+        """Step. The base finds lr times `lr_factors`, no state of ours in front of its own, and `skip` as `found_inf`.
+
+        Args:
+            work: what is stepped; where the device skips, its copies of the weights are put back.
+            skip: whether the step is to be skipped, shape ().
+            skipper: by whom.
+            tells_base: whether a base that can is handed `skip`.
+        """
+        device_skips = skipper is Skipper.DEVICE
+        undone = work.rolled_back_where(skip, self._optimizer.state) if device_skips else nullcontext()
+        found_inf = self._found_inf(skip) if self.reads_found_inf and tells_base else nullcontext()
+        with undone, hidden_state(self._optimizer.state), found_inf, self.scaled_lr():
+            self.loss = self._step(self._optimizer, *self._args, **self._kwargs)
+
+    @contextmanager
+    def rolled_back_on_error(self, work: Work) -> Iterator[None]:
+        """Put weights and the base's new state back if the block raises.
+
+        State that the base changes in place is put back only if it evaluates its closure again, which costs a copy.
+        """
+        params = (
+            [p for group in self._optimizer.param_groups for p in group["params"]] if self._evaluates_again else None
+        )
+        with work.rolled_back_on_error(self._optimizer.state, whole_state_of=params):
+            yield
+
+    @contextmanager
+    def scaled_lr(self) -> Iterator[None]:
+        """Let the base find the lr of each group multiplied by its factor. A closure within finds the user's.
+
+        What someone writes to an lr in the block stays: the base writes ours, a closure the user's.
+        """
+        self._scale_lr()
+        try:
+            yield
+        finally:
+            self._restore_lr()
+
+    def _scale_lr(self) -> None:
+        self._scaled_groups = [
+            (group, factor, group["lr"], group["lr"] * factor)
+            for group, factor in zip(self._optimizer.param_groups, self.lr_factors, strict=True)
+            if group.get("lr") is not None and factor != 1.0
+        ]
+        for group, _, _, ours in self._scaled_groups:
+            group["lr"] = ours
+
+    def _restore_lr(self) -> None:
+        for group, factor, theirs, ours in self._scaled_groups:
+            group["lr"] = theirs if group["lr"] is ours else group["lr"] / factor  # the base has set it
+        self._scaled_groups = []
+
+    @contextmanager
+    def _found_inf(self, skip: Tensor) -> Iterator[None]:
+        """Expose our `found_inf` to the base, then restore the one of a `GradScaler`."""
+        optimizer: Any = self._optimizer  # torch declares no `found_inf`
+        theirs = {"found_inf": optimizer.found_inf} if hasattr(optimizer, "found_inf") else {}
+        optimizer.found_inf = skip.to(torch.float32)
+        try:
+            yield
+        finally:
+            del optimizer.found_inf
+            vars(optimizer).update(theirs)
+
+
+class TwoPasses:
+    """The base's own step, then the move; between measuring and moving, a copy of the weights is kept.
+
+    Args:
+        base: the base's step.
+        work: the buckets.
+    """
+
+    def __init__(self, base: BaseStep, work: Work) -> None:
+        self._base, self._work = base, work
+        work.keep_before()
+
+    def step(self, skip: Tensor, skipper: Skipper) -> None:
+        """Let the base step."""
+        self._base.call(self._work, skip, skipper)
+
+    def move(self, scales: Sequence[Tensor], skip: Tensor) -> None:
+        """Rescale what the base has done."""
+        self._work.move(scales)
+
+
+@contextmanager
+def hidden_state(state: dict[Any, Any]) -> Iterator[None]:
+    """Hide our tensors from a base that has no state yet for a parameter: to it, non-empty state means "initialised".
+
+    Such a base may begin to fill its state at any later step (one that accumulates gradients by itself).
+    """
+    ours = {p: s for p, s in state.items() if isinstance(s, dict) and s and s.keys() <= PER_PARAMETER}
+    for p in ours:
+        del state[p]
+    try:
+        yield
+    except BaseException:
+        state.update(ours)
+        raise
+    for p, kept in ours.items():
+        state[p] = {**state.get(p, {}), **kept}
