@@ -21,6 +21,32 @@ def reproducible(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def triton_kernel(monkeypatch):
+    """The Triton kernel, under its name: compiled where there is a GPU, elsewhere in Triton's interpreter."""
+    reason = "there are no wheels of Triton for macOS and Windows"
+    pytest.importorskip("triton", reason=reason)
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason=reason)
+    from mechanic_pytorch import kernels
+    from mechanic_pytorch.kernels import triton as kernel
+
+    monkeypatch.setattr(kernel, "BLOCK", 2**13)  # few of them, for the interpreter takes its time over each
+    monkeypatch.setattr(kernel, "CHUNK", 2**14)
+    monkeypatch.setitem(kernels.KERNELS, "triton", kernel)
+    convert = interpreter._convert_float
+
+    def convert_to_nearest(data, source, target, mode):
+        """Round as a GPU does: the interpreter (3.9) cuts bfloat16 off instead."""
+        if (source, target) != (kernel.tl.float32, kernel.tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_to_nearest)
+    yield kernel
+    kernel._work.cache_clear()
+    kernel._constants.cache_clear()
+
+
 def pytest_collection_modifyitems(items):
     if DEVICE:
         for item in items:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from counting import Operations
 from mechanic_pytorch import mechanize
 
-STEPS, BATCH = 50, 8
+STEPS, BATCH = 25, 8
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"foreach": False}),  # tensor parallelism mixes DTensors and plain tensors
@@ -124,6 +124,31 @@ def shard(model, mesh=None, **options):
 def fsdp2(base, rank, size, dtype=torch.float64, policy=None, **options):
     model = shard(build(base != "muon", dtype), **({"mp_policy": policy} if policy else {}))
     return setup(model, model.parameters(), base, share_of(rank, size), **options)
+
+
+def tied(model):
+    """Let the blocks share a weight."""
+    model[1].up.weight = model[0].up.weight
+    return model
+
+
+def single_tied(base, rank=0, size=1):
+    model = tied(build(base != "muon"))
+    return setup(model, model.parameters(), base)
+
+
+def fsdp2_tied_flat(base, rank, size):
+    model = tied(build(base != "muon"))
+    fully_shard(model)
+    return setup(model, model.parameters(), base, share_of(rank, size))
+
+
+def fsdp2_tied_nested(base, rank, size):
+    """Both blocks belong to the same call of `fully_shard`: torch's rule for weights that are shared."""
+    model = tied(build(base != "muon"))
+    fully_shard(model[2])
+    fully_shard(model)
+    return setup(model, model.parameters(), base, share_of(rank, size))
 
 
 def hsdp(base, rank, size):

@@ -1,5 +1,6 @@
 """Small real problems that many tests train on."""
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
@@ -75,3 +76,27 @@ def full_loss(model):
     with torch.no_grad():
         dtype = next(model.parameters()).dtype
         return float(F.cross_entropy(model(IMAGES.to(dtype)).float(), LABELS))
+
+
+def noisy_quadratic(seed, steps=80):
+    """Return a start in NumPy, and a function that gives the gradients of a badly scaled quadratic at x for step t."""
+    shapes = [(4, 3), (), (5,), (2, 1, 3)]
+    rng = np.random.default_rng(seed)
+    curvature = [np.exp(rng.uniform(-2, 2, shape)) for shape in shapes]
+    target = [rng.standard_normal(shape) for shape in shapes]
+    noise = [[0.1 * rng.standard_normal(shape) for shape in shapes] for _ in range(steps)]
+    start = [rng.standard_normal(shape) for shape in shapes]
+
+    def gradients(x, t):
+        return [c * (xi - ti) + ni for c, xi, ti, ni in zip(curvature, x, target, noise[t], strict=True)]
+
+    return start, gradients
+
+
+def large_params(dtype, n=3 * 2**20):
+    """Return parameters with gradients, in tensors larger and smaller than a block."""
+    shapes = [(n // 2048, 1024), *[(n // 16, 2)] * 3, *[(64,)] * 9, (n // 8,)]
+    params = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params

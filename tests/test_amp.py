@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from bases import CASES
 from device import DEVICE
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
 from problems import batch, full_loss, mlp
-from test_resume import assert_identical
 
 NAMES = ["SGD_momentum", "SGD_fused", "AdamW", "AdamW_fused", "Adagrad_fused"]
 

@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 import oracle
 from counting import Operations
 from device import DEVICE
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import MEMORY_POWERS, Memory
-from problems import SparseClassifier, full_loss, loss_of, mlp, train
-from test_paper import objective
-from test_resume import assert_identical
+from mechanic_pytorch.telemetry import read_out
+from problems import SparseClassifier, full_loss, loss_of, mlp, noisy_quadratic, train
 
 BASES = {
     "SGD": (torch.optim.SGD, {}),
@@ -44,9 +44,9 @@ WARM_UP["jump"] = lambda t: 1e-3 if t < 5 else 1.0
 @pytest.mark.parametrize("begins", ["at random", "near zero"])
 @pytest.mark.parametrize("schedule", WARM_UP)
 @pytest.mark.parametrize("name", ["SGD", "momentum", "AdamW"])
-def test_equals_the_tuner_run_in_other_units(name, schedule, begins):
+def test_auto_equals_its_oracle_whatever_the_schedule(name, schedule, begins):
     lr, steps = 1e-3, 200
-    start, gradients = objective(0)
+    start, gradients = noisy_quadratic(0)
     if begins == "near zero":  # the parameters become long on the way, which is what decay is measured by
         start = [1e-6 * x for x in start]
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
@@ -77,7 +77,7 @@ def test_a_scale_that_was_wrong_is_learned_anew(name):
     From step 120 on it is always the same, for which the scale would grow without end, but for the ceiling. With SGD,
     the long gradient makes the weights run away from what the first fall has left, so that the scale falls again.
     """
-    start, gradients = objective(0)
+    start, gradients = noisy_quadratic(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = auto(name, params)
     rule = oracle.sgd(1.0) if name == "SGD" else oracle.adamw(1.0, weight_decay=0.1)
@@ -177,32 +177,30 @@ def test_the_start_waits_for_an_update_and_a_gradient(name):
         (loss_of(model, t) * (0.0 if t in (3, 4) else 1.0)).backward()
         optimizer.step()
         schedule.step()
-        assert optimizer.param_groups[0]["mechanic_unit"][0] == 0, t
-        assert optimizer.scale == 0
-    scale_after(model, optimizer, scheduler=schedule)
-    assert optimizer.param_groups[0]["mechanic_unit"][0] > 0
+        assert optimizer.scale == 0, t
+    assert scale_after(model, optimizer, scheduler=schedule) > 0
 
 
 def test_parameters_whose_first_gradients_are_zero():
     model = mlp()
-    model[0].weight.register_hook(lambda g: g * float(optimizer.param_groups[0]["mechanic_steps"] > 3))
+    model[0].weight.register_hook(lambda g: g * float(read_out(optimizer).steps > 3))
     optimizer = auto("AdamW", model.parameters())
     scale_after(model, optimizer)
 
 
-def test_sparse_gradients():
+def test_auto_starts_with_sparse_gradients():
     model = SparseClassifier()
     optimizer = mechanize(torch.optim.SparseAdam, s_init="auto")(model.parameters(), lr=1.0)
     scale_after(model, optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
+def test_weights_of_16_bits_train_at_lr_one(dtype):
     """No lr is too large for the weights of 16 bits, in which updates of lr 1e-8 would vanish."""
     model = mlp(dtype)
     optimizer = mechanize(torch.optim.SGD, s_init="auto")(model.parameters(), lr=1.0)
     scale_after(model, optimizer)
-    assert optimizer.param_groups[0]["mechanic_unit"].dtype == torch.float64
+    assert optimizer.scale.dtype == torch.float64
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 30])
@@ -263,14 +261,14 @@ def test_a_tensor_lr_is_the_same():
 
 
 def test_a_reset_starts_anew():
+    """The run is then that of a new optimizer, to the bit: SGD itself remembers nothing."""
     model = mlp()
     optimizer = auto("SGD", model.parameters())
     train(model, optimizer, 20)
-    before = optimizer.param_groups[0]["mechanic_unit"].clone()
     optimizer.reset()
-    assert not optimizer.param_groups[0]["mechanic_unit"].any()
-    scale_after(model, optimizer)
-    assert optimizer.param_groups[0]["mechanic_unit"][0] != before[0]
+    assert optimizer.scale == 0
+    twin = copy.deepcopy(model)
+    assert train(model, optimizer, 20) == train(twin, auto("SGD", twin.parameters()), 20)
 
 
 def test_a_checkpoint_of_another_kind_of_start_is_refused():
@@ -315,11 +313,11 @@ def test_a_skipped_first_gradient_is_not_taken_for_the_start():
     model[0].weight.grad[0, 0] = torch.nan
     optimizer.step()
     assert optimizer.skipped_steps == 1
-    assert optimizer.param_groups[0]["mechanic_unit"][0] == 0
+    assert optimizer.scale == 0
     scale_after(model, optimizer)
 
 
-def test_once_begun_it_costs_nothing():
+def test_once_begun_auto_costs_no_host_read_and_no_pass_more():
     counts = {}
     for s_init in ("auto", 1e-8):
         model = mlp()

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
+from kernel_problems import DTYPES, problem
 from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
 from mechanic_pytorch.kernels.checked import Checked
 from mechanic_pytorch.telemetry import read_out
 from problems import loss_of, mlp
-from test_kernels import DTYPES, problem
 
 BASES = {
     "AdamW_fused": (torch.optim.AdamW, {"fused": True, "weight_decay": 0.1}),
@@ -44,7 +44,7 @@ def broken(name, how):
     return Kernel(**{name: function})
 
 
-def train(monkeypatch, kernel, base="AdamW_fused", steps=6, dtype=torch.float32, **options):
+def train_with(monkeypatch, kernel, base="AdamW_fused", steps=6, dtype=torch.float32, **options):
     """Return the trained weights, the optimizer and the messages of all warnings."""
     monkeypatch.setitem(kernels.KERNELS, "blocks", kernel)
     model = mlp(dtype)
@@ -68,8 +68,8 @@ def test_a_good_kernel_is_used(base, dtype, s_init, monkeypatch):
     if base == "SGD_fused" and dtype == torch.bfloat16:
         pytest.skip("torch's own function is wrong there: of 1000 weights it moves 8 (2.13, on CPU)")
     checked = Checked("quick", Kernel, foreach)
-    expected, _, _ = train(monkeypatch, blocks, base, dtype=dtype, s_init=s_init)
-    actual, optimizer, messages = train(monkeypatch, checked, base, dtype=dtype, s_init=s_init)
+    expected, _, _ = train_with(monkeypatch, blocks, base, dtype=dtype, s_init=s_init)
+    actual, optimizer, messages = train_with(monkeypatch, checked, base, dtype=dtype, s_init=s_init)
     assert not [m for m in messages if "quick" in m]
     assert all(map(torch.equal, actual, expected)), "the check touches nothing"
     assert read_out(optimizer).kernels == {"cpu": "quick"}
@@ -88,7 +88,7 @@ def test_a_good_kernel_is_used(base, dtype, s_init, monkeypatch):
 def test_a_broken_kernel_is_noticed_and_the_run_is_that_of_the_other(base, s_init, name, how, monkeypatch):
     checked = Checked("quick", lambda: broken(name, how), foreach)
     torch.manual_seed(3)
-    actual, optimizer, messages = train(monkeypatch, checked, base, s_init=s_init)
+    actual, optimizer, messages = train_with(monkeypatch, checked, base, s_init=s_init)
     (message,) = messages
     assert "the kernel 'quick' cannot be trusted on cpu" in message
     assert "Remedy" in message
@@ -96,7 +96,7 @@ def test_a_broken_kernel_is_noticed_and_the_run_is_that_of_the_other(base, s_ini
     reason = read_out(optimizer).kernels["cpu"]
     assert reason.startswith(f"foreach, because quick failed: {name}: ")
     assert ("Failed to find C compiler" in reason) == (how == "raises")
-    expected, _, _ = train(monkeypatch, foreach, base, s_init=s_init)
+    expected, _, _ = train_with(monkeypatch, foreach, base, s_init=s_init)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_a_kernel_that_cannot_be_imported_is_not_used(monkeypatch):
     def load():
         raise ImportError("triton was built for another torch")
 
-    (_, optimizer, (message,)) = train(monkeypatch, Checked("quick", load, foreach))
+    (_, optimizer, (message,)) = train_with(monkeypatch, Checked("quick", load, foreach))
     assert "built for another torch" in message
     assert read_out(optimizer).kernels["cpu"].startswith("foreach, because quick failed: measure: ImportError")
     resumed = Checked("quick", load, foreach)
@@ -119,7 +119,7 @@ def test_running_out_of_memory_is_not_the_kernels_fault(monkeypatch):
 
     checked = Checked("quick", lambda: Kernel(measure=function), foreach)
     with pytest.raises(torch.OutOfMemoryError):
-        train(monkeypatch, checked)
+        train_with(monkeypatch, checked)
     assert not checked.failures
 
 
@@ -133,7 +133,7 @@ def test_each_variant_is_checked_once_and_then_nothing_is_read():
     checked = Checked("quick", lambda: for_loop, Counted())
     for dtype in (torch.float32, torch.bfloat16):
         for _ in range(3):
-            params, before, grads, kept, compensations = problem(dtype, "cpu")
+            params, before, grads, kept, compensations = problem(dtype)
             scale = torch.tensor(0.5)
             checked.measure(params, grads, kept)
             checked.move(params, before, kept, compensations, scale, scale)
@@ -144,7 +144,7 @@ def test_each_variant_is_checked_once_and_then_nothing_is_read():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_check_agrees_on_awkward_tensors_and_changes_none(dtype):
     """Also where most numbers are 0, infinite or very large."""
-    params, before, grads, kept, compensations = problem(dtype, "cpu")
+    params, before, grads, kept, compensations = problem(dtype)
     for tensors in (kept, grads):
         tensors[-1].zero_()
     grads[5][0] = float("nan")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bases import CASES
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
-from problems import closure_of, full_loss, loss_of, mlp, train
-from test_resume import assert_identical
+from mechanic_pytorch.telemetry import read_out
+from problems import closure_of, loss_of, mlp, train
 
 
 def snapshot(model, optimizer):
@@ -104,7 +105,7 @@ def test_an_exception_in_the_base_leaves_parameters_and_state_as_they_were(grad)
         assert torch.is_grad_enabled() == grad
     assert not optimizer.state
     assert dense.tolist() == [1.0] * 3
-    assert optimizer.param_groups[0]["mechanic_steps"] == 0
+    assert read_out(optimizer).steps == 0
     assert not hasattr(optimizer, "found_inf")
 
 
@@ -169,7 +170,6 @@ def test_a_scaler_that_hands_over_found_inf_finds_it_again():
     optimizer.found_inf = found_inf
     train(model, optimizer, 1)
     assert optimizer.found_inf is found_inf
-    assert full_loss(model) > 0
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])

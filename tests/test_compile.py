@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from helpers import Graphs, assert_identical, count_a_skipped_step
 from mechanic_pytorch import mechanize, patched
 from problems import loss_of, mlp
-from test_resume import assert_identical
 
 # torch's own compiler imports what torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -31,23 +31,7 @@ def from_scratch():
     torch._dynamo.reset()
 
 
-class Graphs:
-    """A backend that runs each graph as it is, and counts."""
-
-    def __init__(self):
-        self.compiled = self.runs = 0
-
-    def __call__(self, graph, inputs):
-        self.compiled += 1
-
-        def run(*arguments):
-            self.runs += 1
-            return graph(*arguments)
-
-        return run
-
-
-def train(model, optimizer, steps, first=0, step=None):
+def train_while_lr_falls(model, optimizer, steps, first=0, step=None):
     """Train while a schedule changes the lr at every step."""
     for t in range(first, first + steps):
         for group in optimizer.param_groups:
@@ -57,13 +41,13 @@ def train(model, optimizer, steps, first=0, step=None):
         (step or optimizer.step)()
 
 
-def build(name, dtype=torch.float32, **mechanic_options):
+def model_and_optimizer(name, dtype=torch.float32, **mechanic_options):
     base, options = BASES[name]
     model = mlp(dtype)
     return model, mechanize(base, **{"s_init": 1e-3, **mechanic_options})(model.parameters(), lr=1.0, **options)
 
 
-def assert_same(model, optimizer, twin, other, **tolerance):
+def assert_same_run(model, optimizer, twin, other, **tolerance):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, **tolerance)
         slot = "mechanic_reference" if optimizer.mechanic_config.s_init == "auto" else "mechanic_delta"
@@ -72,27 +56,34 @@ def assert_same(model, optimizer, twin, other, **tolerance):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_one_graph_for_all_steps_after_the_first(name):
-    """The first step creates state and is not compiled."""
-    (model, optimizer), (twin, other) = build(name, torch.float64), build(name, torch.float64)
+def test_one_graph_for_all_steps_after_the_first_also_for_one_that_is_skipped(name):
+    """The first step creates state and is not compiled. Whether a gradient is finite is not asked of the host."""
+    (model, optimizer), (twin, other) = (model_and_optimizer(name, torch.float64) for _ in range(2))
     graphs = Graphs()
     step = torch.compile(optimizer.step, backend=graphs)
-    train(model, optimizer, 3, step=step)
+    train_while_lr_falls(model, optimizer, 3, step=step)
     compiled, runs = graphs.compiled, graphs.runs
-    train(model, optimizer, 20, first=3, step=step)
+    train_while_lr_falls(model, optimizer, 20, first=3, step=step)
     assert graphs.compiled == compiled, "a new lr, a new scale, and nothing is compiled again"
     assert graphs.runs == runs + 20, "one graph a step"
-    train(twin, other, 23)
+    train_while_lr_falls(twin, other, 23)
     assert optimizer.scale > 1e-3
     if name.startswith("Adam") or "fused" in name:  # Adam is made capturable, the lr a tensor: both count in float32
-        assert_same(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
+        assert_same_run(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
     else:
-        assert_same(model, optimizer, twin, other, rtol=1e-9, atol=1e-12)
+        assert_same_run(model, optimizer, twin, other, rtol=1e-9, atol=1e-12)
+    loss_of(model, 23).backward()
+    next(model.parameters()).grad.view(-1)[0] = float("nan")
+    before = copy.deepcopy([list(model.parameters()), optimizer.state_dict()])
+    step()
+    assert graphs.runs == runs + 21
+    count_a_skipped_step(before[1])
+    assert_identical([list(model.parameters()), optimizer.state_dict()], before)
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", BASES)
-def test_no_graph_break(name, lr):
+def test_a_step_is_one_graph_without_a_break(name, lr):
     base, options = BASES[name]
     if isinstance(lr, torch.Tensor) and options.get("foreach"):
         options = {**options, "foreach": False}  # torch wants capturable=True for that, and a GPU for capturable
@@ -119,55 +110,38 @@ def test_no_graph_break_once_a_gpu_is_in_use(name, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
-    test_no_graph_break(name, 1.0)
+    test_a_step_is_one_graph_without_a_break(name, 1.0)
 
 
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])
 def test_a_start_without_units_is_compiled_once_known(name):
-    (model, optimizer), (twin, other) = (build(name, torch.float64, s_init="auto") for _ in range(2))
+    (model, optimizer), (twin, other) = (model_and_optimizer(name, torch.float64, s_init="auto") for _ in range(2))
     graphs = Graphs()
     step = torch.compile(optimizer.step, backend=graphs)
-    train(model, optimizer, 4, step=step)
+    train_while_lr_falls(model, optimizer, 4, step=step)
     compiled, runs = graphs.compiled, graphs.runs
-    train(model, optimizer, 20, first=4, step=step)
+    train_while_lr_falls(model, optimizer, 20, first=4, step=step)
     assert graphs.compiled == compiled
     assert graphs.runs == runs + 20
-    train(twin, other, 24)
+    train_while_lr_falls(twin, other, 24)
     assert optimizer.scale > 1e-3
-    assert_same(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
+    assert_same_run(model, optimizer, twin, other, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16():
-    (model, optimizer), (twin, other) = build("SGD_momentum", torch.bfloat16), build("SGD_momentum", torch.bfloat16)
-    train(model, optimizer, 12, step=torch.compile(optimizer.step, backend=Graphs()))
-    train(twin, other, 12)
-    assert_same(model, optimizer, twin, other, rtol=2e-2, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_a_compiled_step_skips_without_asking_the_host(name):
-    model, optimizer = build(name)
-    graphs = Graphs()
-    step = torch.compile(optimizer.step, backend=graphs)
-    train(model, optimizer, 4, step=step)
-    loss_of(model, 9).backward()
-    next(model.parameters()).grad.view(-1)[0] = float("nan")
-    before, runs = copy.deepcopy([list(model.parameters()), optimizer.state_dict()]), graphs.runs
-    step()
-    assert graphs.runs == runs + 1
-    home = before[1]["param_groups"][0]
-    home["mechanic_steps"] += 1
-    home["mechanic_skipped_steps"] += 1
-    assert_identical([list(model.parameters()), optimizer.state_dict()], before)
+def test_a_compiled_step_in_bfloat16_is_the_uncompiled_one():
+    (model, optimizer), (twin, other) = (model_and_optimizer("SGD_momentum", torch.bfloat16) for _ in range(2))
+    train_while_lr_falls(model, optimizer, 12, step=torch.compile(optimizer.step, backend=Graphs()))
+    train_while_lr_falls(twin, other, 12)
+    assert_same_run(model, optimizer, twin, other, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor compiles C++ on CPU")
-def test_inductor():
+def test_the_default_backend_gives_the_same_up_to_rounding():
     """The default backend, which fuses and reorders: the same up to rounding."""
-    (model, optimizer), (twin, other) = build("AdamW_foreach"), build("AdamW_foreach")
-    train(model, optimizer, 12, step=torch.compile(optimizer.step))
-    train(twin, other, 12)
-    assert_same(model, optimizer, twin, other, rtol=1e-3, atol=1e-5)
+    (model, optimizer), (twin, other) = (model_and_optimizer("AdamW_foreach") for _ in range(2))
+    train_while_lr_falls(model, optimizer, 12, step=torch.compile(optimizer.step))
+    train_while_lr_falls(twin, other, 12)
+    assert_same_run(model, optimizer, twin, other, rtol=1e-3, atol=1e-5)
 
 
 def test_an_optimizer_that_was_patched_in_is_one_graph_too():
@@ -175,7 +149,8 @@ def test_an_optimizer_that_was_patched_in_is_one_graph_too():
     with patched() as built:
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True)
-        train(model, optimizer, 2)
-        train(model, optimizer, 6, first=2, step=torch.compile(optimizer.step, backend=graphs, fullgraph=True))
+        train_while_lr_falls(model, optimizer, 2)
+        step = torch.compile(optimizer.step, backend=graphs, fullgraph=True)
+        train_while_lr_falls(model, optimizer, 6, first=2, step=step)
     assert graphs.compiled == 2, "as without it: a float is taken for a constant once"
     assert built[0].steps == 8

@@ -15,15 +15,13 @@ import oracle
 from bases import CASES
 from counting import Operations, transient_bytes
 from device import DEVICE
+from helpers import Graphs, assert_identical, count_a_skipped_step
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import bounded
 from mechanic_pytorch._config import TunerState
 from mechanic_pytorch._torch import NOT_IN_PROPORTION
-from problems import loss_of, mlp, train
-from test_compile import Graphs
-from test_counts import large
-from test_paper import objective
-from test_resume import assert_identical
+from mechanic_pytorch.telemetry import read_out
+from problems import large_params, loss_of, mlp, noisy_quadratic, train
 
 STEPS = 40
 CAN = [name for name, case in CASES.items() if not issubclass(case.base, NOT_IN_PROPORTION)]
@@ -52,10 +50,8 @@ def plain_twin(model, optimizer, name):
 
 def tuner(optimizer):
     """Return what the tuner and its sums are, without counters."""
-    home = optimizer.state_dict()["param_groups"][0]
-    names = ("max_product", "sum_squared_products", "reward", "scales", "unit")
-    sums = [s.get("mechanic_delta") for s in optimizer.state.values()]
-    return copy.deepcopy([[home.get(f"mechanic_{name}") for name in names], sums])
+    now, sums = read_out(optimizer), [s.get("mechanic_delta") for s in optimizer.state.values()]
+    return copy.deepcopy([now.max_product, now.sum_squared_products, now.reward, now.scales, sums])
 
 
 @pytest.mark.parametrize("name", CAN)
@@ -68,11 +64,11 @@ def test_a_frozen_run_is_the_plain_base_at_the_effective_lr(name):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert_identical({k: v for k, v in optimizer.state[p].items() if "mechanic" not in k}, dict(plain.state[q]))
     assert_identical(tuner(optimizer), before)
-    assert int(optimizer.param_groups[0]["mechanic_steps"]) == steps
+    assert read_out(optimizer).steps == steps
     assert all(group["lr"] == 1.0 for group in optimizer.param_groups)
 
 
-def test_with_auto_a_schedule_and_a_tensor_lr():
+def test_a_frozen_run_with_auto_a_schedule_and_a_tensor_lr_is_the_plain_one():
     """The number by which auto multiplies lr and the frozen scale are put back, one after the other."""
     model = mlp()
     layers = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 3e-5}]
@@ -121,7 +117,7 @@ def test_other_bases_cannot_be_frozen(name):
         optimizer.freeze_scale()
 
 
-def test_what_else_cannot_be_frozen():
+def test_a_scale_of_zero_or_a_group_without_lr_cannot_be_frozen():
     model, optimizer = CASES["SGD"].build()
     with pytest.raises(ValueError, match=r"needs a scale that is learned\. Got 0\. Remedy: make some steps first"):
         optimizer.freeze_scale()
@@ -142,7 +138,7 @@ def test_to_freeze_and_unfreeze_at_once_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["SGD_fused", "AdamW_float64"])
-def test_no_weight_jumps_after_it(name):
+def test_no_weight_jumps_when_it_is_unfrozen(name):
     """The first step is scale * update, and the change of the scale times the sum of updates from before."""
     model, optimizer = frozen(name)
     losses = train(model, optimizer, 100, first=STEPS)
@@ -216,7 +212,7 @@ def test_parameters_that_come_while_it_is_frozen():
     assert (added < expected).all()
 
 
-def test_the_learned_lr_goes_on():
+def test_the_learned_lr_goes_on_while_frozen():
     model = mlp()
     optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=3.0)
     schedule = CosineAnnealingLR(optimizer, 50)
@@ -245,9 +241,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(name):
         return loss
 
     assert optimizer.step(closure) > 0
-    home = before[-1]["param_groups"][0]
-    home["mechanic_steps"] += 1
-    home["mechanic_skipped_steps"] += 1
+    count_a_skipped_step(before[-1])
     assert_identical([*model.parameters(), optimizer.state_dict()], before)
 
 
@@ -265,7 +259,7 @@ def test_gradients_that_are_large_are_finite():
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 @pytest.mark.parametrize("name", ["SGD", "AdamW_fused"])
-def test_a_scaler_is_obeyed(name, skip_nonfinite):
+def test_a_frozen_step_obeys_a_scaler(name, skip_nonfinite):
     model, optimizer = frozen(name, skip_nonfinite=skip_nonfinite)
     twin, plain = plain_twin(model, optimizer, name)
     runs = []
@@ -283,7 +277,7 @@ def test_a_scaler_is_obeyed(name, skip_nonfinite):
     assert optimizer.skipped_steps == (name == "AdamW_fused")  # a scaler does not call the others
 
 
-def test_hooks_come_once():
+def test_hooks_of_a_frozen_step_come_once():
     model, optimizer = frozen()
     fired = []
     optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
@@ -307,8 +301,8 @@ def costs(optimizer):
     ids=["SGD", "AdamW_foreach", "AdamW_fused"],
 )
 def test_a_frozen_step_costs_what_the_base_costs(base, options, skip_nonfinite):
-    plain = base(large(torch.float32), lr=1e-3, **options)
-    mechanized = mechanize(base, skip_nonfinite=skip_nonfinite)(large(torch.float32), lr=1.0, **options)
+    plain = base(large_params(torch.float32), lr=1e-3, **options)
+    mechanized = mechanize(base, skip_nonfinite=skip_nonfinite)(large_params(torch.float32), lr=1.0, **options)
     for _ in range(3):
         plain.step()
         mechanized.step()
@@ -326,7 +320,7 @@ def test_a_frozen_step_costs_what_the_base_costs(base, options, skip_nonfinite):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])
-def test_compiled(name):
+def test_a_frozen_step_is_compiled_once_and_goes_the_same_way(name):
     torch._dynamo.reset()
     (model, optimizer), graphs = CASES[name].build(s_init=1e-3), Graphs()
     step = torch.compile(optimizer.step, backend=graphs)
@@ -368,7 +362,7 @@ def test_compiled(name):
     double=st.booleans(),
 )
 @settings(deadline=None)
-def test_the_bound_is_exact(scales, max_lr, lr, double):
+def test_the_bound_on_the_scale_is_exact(scales, max_lr, lr, double):
     dtype = torch.float64 if double else torch.float32
     s = torch.tensor(scales, dtype=dtype)
     capped = bounded(TunerState(s, s, s, s), max_lr / torch.tensor(lr, dtype=dtype)).scales
@@ -381,9 +375,9 @@ def test_the_bound_is_exact(scales, max_lr, lr, double):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "warm-up", "decay"])
-def test_equals_the_oracle(schedule):
+def test_a_bounded_run_equals_the_oracle(schedule):
     max_lr, factor = 0.02, {"constant": lambda t: 1.0, "warm-up": lambda t: min(1, t / 30), "decay": lambda t: 0.97**t}
-    start, gradients = objective(0)
+    start, gradients = noisy_quadratic(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = mechanize(torch.optim.SGD, s_init=1e-3, max_lr=max_lr)(params, lr=0.5)
     now, rule = {}, oracle.sgd(1.0)
@@ -399,13 +393,13 @@ def test_equals_the_oracle(schedule):
     assert bounded > 10
     for p, x in zip(params, theirs.x, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
-    np.testing.assert_allclose(ours.param_groups[0]["mechanic_reward"].numpy(), theirs.r, rtol=1e-9)
+    np.testing.assert_allclose(read_out(ours).reward[0], theirs.r, rtol=1e-9)
 
 
 @pytest.mark.parametrize("s_init", [1e-8, "auto"])
 @pytest.mark.parametrize("lr", [1e-3, 7.0, torch.tensor(0.3)], ids=str)
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_it_is_never_exceeded(base, lr, s_init):
+def test_max_lr_is_never_exceeded(base, lr, s_init):
     model = mlp()
     layers = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1e-4}]
     optimizer = mechanize(base, s_init=s_init, max_lr=1.7e-3)(layers, lr=lr, fused=True)
@@ -431,7 +425,7 @@ def test_a_bound_that_is_not_reached_changes_nothing():
 # --- a fraction of the learned scale ----------------------------------------------------------------------------------
 
 
-def test_half_the_learned_scale():
+def test_half_the_lr_of_a_frozen_run_is_half_the_effective_lr():
     """Half the lr is made up for by the tuner; half of it once the scale is frozen is half."""
     learned = {}
     for lr in (1.0, 0.5):

@@ -25,7 +25,7 @@ from benchmarks.convergence.results import IDENTITY, Results, key
 from mechanic_pytorch import _auto
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = [sys.executable, "-m", "tests.test_convergence"]
+PROGRAM = [sys.executable, "-m", "tests.test_convergence", "run"]  # in ROOT
 METHODS = ["--methods", "grid", "ours", "ours-auto", "plain@learned"]
 
 
@@ -49,7 +49,7 @@ def task(monkeypatch):
     return task
 
 
-def run(path, *arguments, seeds=("0", "1")):
+def run_program(path, *arguments, seeds=("0", "1")):
     return program.main(["run", "--results", str(path), "--jobs", "1", *METHODS, "--seeds", *seeds, *arguments])
 
 
@@ -59,9 +59,9 @@ def identities(path):
 
 def test_a_second_run_repeats_nothing(task, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    assert run(path) == 0
+    assert run_program(path) == 0
     before = path.read_bytes()
-    assert run(path) == 0
+    assert run_program(path) == 0
     assert path.read_bytes() == before
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 jobs run, 0 failed")
     assert len(identities(path)) == len(set(identities(path)))
@@ -71,12 +71,12 @@ def test_a_second_run_repeats_nothing(task, tmp_path, capsys):
 
 def test_other_steps_profiles_and_versions_are_other_jobs(task, tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
-    run(path, "--methods", "ours", seeds=["0"])
-    run(path, "--methods", "ours", "--profile", "full", seeds=["0"])
+    run_program(path, "--methods", "ours", seeds=["0"])
+    run_program(path, "--methods", "ours", "--profile", "full", seeds=["0"])
     monkeypatch.setitem(task.lengths, "quick", 21)
-    run(path, "--methods", "ours", seeds=["0"])
+    run_program(path, "--methods", "ours", seeds=["0"])
     monkeypatch.setattr(methods, "package_version", lambda: "9.9")
-    run(path, "--methods", "ours", seeds=["0"])
+    run_program(path, "--methods", "ours", seeds=["0"])
     assert len(set(identities(path))) == len(identities(path)) == 4
 
 
@@ -84,7 +84,7 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(task, tmp_path, monkeypa
     path = tmp_path / "results.jsonl"
     whole = methods.train
     monkeypatch.setattr(methods, "train", lambda job, *rest: 1 / 0 if job.method == "ours" else whole(job, *rest))
-    assert run(path) == 1
+    assert run_program(path) == 1
     assert "failed: tiny, ours, seed 1: ZeroDivisionError: division by zero" in capsys.readouterr().err
     errors = [line for line in Results(path).lines() if "error" in line]
     assert {(line["method"], line["seed"]) for line in errors} == {("ours", 0), ("ours", 1)}
@@ -93,7 +93,7 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(task, tmp_path, monkeypa
     assert "tiny, ours, seed 0: failed, ZeroDivisionError" in capsys.readouterr().out
     monkeypatch.setattr(methods, "train", whole)
     before = len(Results(path).lines())
-    assert run(path) == 0
+    assert run_program(path) == 0
     assert len(Results(path).lines()) == before + 2
     program.main(["report", "--results", str(path)])
     assert "ZeroDivisionError" not in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(task, tmp_path, monkeypa
 
 def test_no_0_0_1_is_an_error_of_its_jobs_alone(task, tmp_path):
     path = tmp_path / "results.jsonl"
-    assert run(path, "--methods", "0.0.1", "ours", "--peers", str(tmp_path), seeds=["0"]) == 1
+    assert run_program(path, "--methods", "0.0.1", "ours", "--peers", str(tmp_path), seeds=["0"]) == 1
     ours, old = sorted(Results(path).lines(), key=lambda line: "error" in line)
     assert math.isfinite(ours["loss"])
     assert old["error"].startswith("SystemExit: start.py: no version 0.0.1 under")
@@ -134,22 +134,9 @@ def test_a_result_that_is_not_finite_is_valid_json(tmp_path):
 
 def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
     path = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.test_convergence",
-        "run",
-        "--results",
-        path,
-        "--jobs",
-        "2",
-        *METHODS,
-        "--seeds",
-        "0",
-        "1",
-    ]
+    command = [*PROGRAM, "--results", path, "--jobs", "2", *METHODS, "--seeds", "0", "1"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 300  # of a busy machine; it takes a few seconds
         while len(Results(path).lines()) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -160,13 +147,13 @@ def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
         process.wait()
     kept = Results(path).lines()
     assert len(kept) >= 3
-    assert run(path) == 0
+    assert run_program(path) == 0
     lines = Results(path).lines()
     assert lines[: len(kept)] == kept
     keys = [key(found) for found in lines]
     assert len(keys) == len(set(keys)) > len(kept)
     expected = tmp_path / "expected.jsonl"
-    run(expected)
+    run_program(expected)
     assert set(keys) == set(identities(expected))
 
 
@@ -174,19 +161,7 @@ def test_on_a_local_ray(task, tmp_path):
     """The same jobs, on workers of Ray, which start as processes of their own and know no module of this test."""
     path = tmp_path / "results.jsonl"
     few = ["--methods", "ours", "ours-auto", "plain@learned", "--seeds", "0"]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.test_convergence",
-        "run",
-        "--results",
-        path,
-        "--backend",
-        "ray",
-        "--jobs",
-        "2",
-        *few,
-    ]
+    command = [*PROGRAM, "--results", path, "--backend", "ray", "--jobs", "2", *few]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
@@ -194,7 +169,7 @@ def test_on_a_local_ray(task, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     expected = tmp_path / "expected.jsonl"
-    run(expected, *few)
+    run_program(expected, *few)
     found, here = ({(line["method"], line["loss"]) for line in Results(p).lines()} for p in (path, expected))
     assert found == here
     assert len(identities(path)) == len(here) == 3
@@ -214,9 +189,9 @@ def test_an_interruption_by_hand_leaves_what_was_finished(task, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Results, "append", once_too_often)
         with pytest.raises(KeyboardInterrupt):
-            run(path)
+            run_program(path)
     assert len(identities(path)) == 3
-    run(path)
+    run_program(path)
     assert len(identities(path)) == len(set(identities(path)))
 
 
@@ -293,7 +268,7 @@ def test_every_method_starts_from_the_same_weights_and_batches(task, tmp_path):
 
 def test_the_learned_rate_is_that_of_the_same_seed(task, tmp_path):
     path = tmp_path / "results.jsonl"
-    run(path)
+    run_program(path)
     by_name = {(found["method"], found["seed"]): found for found in Results(path).lines()}
     for seed in (0, 1):
         assert by_name["plain@learned", seed]["lr"] == by_name["ours-auto", seed]["learned lr"] > 0
@@ -310,7 +285,7 @@ def test_the_ablation_changes_the_constants_of_its_own_job_alone(task, tmp_path)
     assert len(set(losses.values())) == 3  # first steps; in so short a run nothing has been lost yet
 
 
-def test_schedules():
+def test_schedules_rise_and_fall_as_they_should():
     cosine = tiny()
     factors = [cosine.factor(step, 100) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -7,7 +7,7 @@ from bases import CASES
 from counting import Operations, state_bytes, transient_bytes
 from device import DEVICE
 from mechanic_pytorch import kernels, mechanize
-from problems import loss_of, mlp
+from problems import large_params, loss_of, mlp
 
 
 def reads_per_step(build, warm_up=2, steps=5):
@@ -76,15 +76,6 @@ def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta):
     assert state_bytes(optimizer) == tuner + bytes_per_weight * sum(p.numel() for p in model.parameters())
 
 
-def large(dtype, n=3 * 2**20):
-    """Return parameters with gradients, in tensors larger and smaller than a block."""
-    shapes = [(n // 2048, 1024), *[(n // 16, 2)] * 3, *[(64,)] * 9, (n // 8,)]
-    params = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return params
-
-
 @pytest.mark.parametrize(
     ("base", "options", "dtype"),
     [
@@ -98,7 +89,7 @@ def large(dtype, n=3 * 2**20):
 )
 def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dtype):
     """Beside what the base takes by itself, and a few blocks."""
-    plain, mechanized = base(large(dtype), lr=1e-3, **options), mechanize(base)(large(dtype), lr=1.0, **options)
+    plain, mechanized = (cls(large_params(dtype), lr=1e-3, **options) for cls in (base, mechanize(base)))
     for _ in range(2):
         plain.step()
         mechanized.step()
@@ -112,7 +103,7 @@ def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dt
 def test_the_kernel_for_lists_needs_one_transient_copy_and_some_chunks(dtype, monkeypatch):
     monkeypatch.setenv("MECHANIC_KERNEL", "foreach")
     monkeypatch.setattr(kernels.foreach, "CHUNK", 2**16)
-    optimizer = mechanize(torch.optim.SGD)(large(dtype), lr=1.0)
+    optimizer = mechanize(torch.optim.SGD)(large_params(dtype), lr=1.0)
     for _ in range(2):
         optimizer.step()
     copies = dtype.itemsize * sum(p.numel() for p in optimizer.param_groups[0]["params"])

@@ -16,7 +16,7 @@ BASES = {
 }
 
 
-def build(name, **mechanic_options):
+def model_and_optimizer(name, **mechanic_options):
     torch.manual_seed(0)
     base, options = BASES[name]
     model = mlp(torch.float32).cuda()
@@ -39,7 +39,7 @@ def set_gradients(model, values):
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_step_never_waits_for_the_gpu(name):
-    model, optimizer = build(name, skip_nonfinite=name.endswith("fused"))
+    model, optimizer = model_and_optimizer(name, skip_nonfinite=name.endswith("fused"))
     for values in gradients(model, 3):
         set_gradients(model, values)
         optimizer.step()
@@ -51,7 +51,7 @@ def test_a_step_never_waits_for_the_gpu(name):
 
 
 def test_a_trace_never_waits_for_the_gpu_and_a_read_out_is_one_copy():
-    model, optimizer = build("AdamW_fused")
+    model, optimizer = model_and_optimizer("AdamW_fused")
     trace = Trace(optimizer)
     for values in gradients(model, 3):
         set_gradients(model, values)
@@ -75,7 +75,7 @@ def test_a_cuda_graph_replays_the_whole_step(name, kernel, monkeypatch):
     if kernel == "triton" and (missing := kernels.missing_for_triton(torch.device("cuda"))):
         pytest.skip(f"needs {missing}")
     monkeypatch.setenv("MECHANIC_KERNEL", kernel)
-    (model, optimizer), (twin, other) = build(name), build(name)
+    (model, optimizer), (twin, other) = model_and_optimizer(name), model_and_optimizer(name)
     values = gradients(model, 12)
     values[8][0].view(-1)[0] = float("nan")  # a step to be skipped
     stream = torch.cuda.Stream()

@@ -21,17 +21,13 @@ import oracle
 from mechanic_pytorch import _auto, mechanize
 from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch.mechanic import tune
+from mechanic_pytorch.telemetry import read_out
 
 jax.config.update("jax_enable_x64", True)
 
 ROOT = Path(__file__).parents[1]
 BETAS = tuple(1.0 - 0.1**k for k in range(1, 7))  # as optax computes its own
-TUNER = {
-    "m": "mechanic_max_product",
-    "v": "mechanic_sum_squared_products",
-    "r": "mechanic_reward",
-    "s": "mechanic_scales",
-}
+LETTERS = {"m": "max_product", "v": "sum_squared_products", "r": "reward", "s": "scales"}  # of the paper, and our names
 
 
 # --- one problem, fed to every side -----------------------------------------------------------------------------------
@@ -51,7 +47,7 @@ def loss(x):
     return sum(np.sum(c * (xi - target) ** 2) for c, xi, target in zip(CURVATURE, x, TARGET, strict=True)) / 2
 
 
-def parameters(dtype=torch.float64):
+def start_params(dtype=torch.float64):
     return [torch.tensor(x).to(dtype).requires_grad_() for x in START]
 
 
@@ -75,7 +71,7 @@ def decayed_product(delta, g, s_decay, scale, x, eps=0.0):
     return inner(delta, g) + s_decay * scale * np.sqrt(inner(g, g)) * inner(delta, x) / (np.sqrt(inner(x, x)) + eps)
 
 
-def assert_close(actual, expected, rtol=1e-11):
+def assert_arrays_close(actual, expected, rtol=1e-11):
     """Compare lists of arrays; the tolerance is relative to the largest entry of each."""
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
@@ -85,12 +81,12 @@ def assert_close(actual, expected, rtol=1e-11):
 
 
 def ours(dtype=torch.float64, base=torch.optim.SGD, lr=1.0, base_options=None, **options):
-    params = parameters(dtype)
+    params = start_params(dtype)
     return params, mechanize(base, **options)(params, lr=lr, **(base_options or {}))
 
 
 def tuner(optimizer):
-    return {letter: optimizer.param_groups[0][key].numpy().copy() for letter, key in TUNER.items()}
+    return {letter: np.array(getattr(read_out(optimizer), name)[0]) for letter, name in LETTERS.items()}
 
 
 def deltas(params, optimizer):
@@ -107,7 +103,7 @@ class Old:
         spec = importlib.util.spec_from_file_location("mechanic_pytorch_0_0_1", path)
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
-        self.params = parameters(dtype)
+        self.params = start_params(dtype)
         self.optimizer = self.module.mechanize(base, **options)(self.params, lr=lr, **(base_options or {}))
 
     @property
@@ -141,7 +137,7 @@ class Optax:
         self.update = jax.jit(transformation.update)
         self.x = [jnp.array(x) for x in arrays(params)]
         state = transformation.init(self.x)
-        memory, taken = [optimizer.state[p] for p in params], jnp.int32(optimizer.param_groups[0]["mechanic_steps"])
+        memory, taken = [optimizer.state[p] for p in params], jnp.int32(read_out(optimizer).steps)
         names = {"momentum_buffer": "trace", "exp_avg": "mu", "exp_avg_sq": "nu"}
         values = {
             name: [jnp.array(x) for x in arrays(m[key] for m in memory)]
@@ -194,7 +190,7 @@ def test_optax_agrees_at_steps_where_it_does_not_clip(name, s_decay):
         steps(params, optimizer, 1)
         theirs.steps(1)
         # Float64 rounding alone; delta, rebuilt by optax, loses about one digit to it.
-        assert_close([np.asarray(x) for x in theirs.x], arrays(params))
+        assert_arrays_close([np.asarray(x) for x in theirs.x], arrays(params))
         for letter, value in tuner(optimizer).items():
             np.testing.assert_allclose(np.asarray(getattr(theirs.state, letter)), value, rtol=1e-11)
     assert all(np.abs(a - b).max() > 0.05 for a, b in zip(arrays(params), before, strict=True)), "nothing happened"
@@ -212,10 +208,10 @@ def test_version_0_0_1_agrees_from_its_own_start_without_decay(name):
         steps(params, optimizer, 1)
         old.steps(1)
         # Rounding alone: at most 1e-14 here. Later the steps near the edge of stability amplify it.
-        assert_close(arrays(params), arrays(old.params), rtol=1e-12)
+        assert_arrays_close(arrays(params), arrays(old.params), rtol=1e-12)
         for letter, key in {"m": "max_product", "v": "sum_squared_products", "r": "reward", "s": "s"}.items():
             np.testing.assert_allclose(tuner(optimizer)[letter], old.state[key].numpy(), rtol=1e-12)
-        assert_close(deltas(params, optimizer), old.deltas(), rtol=1e-12)
+        assert_arrays_close(deltas(params, optimizer), old.deltas(), rtol=1e-12)
     assert loss(arrays(params)) < 0.2 * loss(START), "nothing happened"
 
 
@@ -242,7 +238,7 @@ def test_decay_term_is_taken_where_the_gradient_is():
     reference.step(gradient(reference.x))
     at_x, at_x_moved = rules(before, deltas(params, optimizer), x, scale, 0.0)
     np.testing.assert_allclose(tuner(optimizer)["m"][0], at_x, rtol=1e-12)
-    assert_close(arrays(params), reference.x)
+    assert_arrays_close(arrays(params), reference.x)
     assert abs(at_x_moved / at_x - 1) > 1e-3
 
     x, before, scale = arrays(old.params), old.deltas(), old.scale
@@ -257,7 +253,7 @@ def test_m_takes_the_absolute_value_of_h():
     params, optimizer = ours(s_init=1e-3)
     x = arrays(params)
     steps(params, optimizer, 1)
-    assert_close(arrays(params), x, rtol=0)
+    assert_arrays_close(arrays(params), x, rtol=0)
     h = inner(deltas(params, optimizer), gradient(x))
     steps(params, optimizer, 1)
     assert h < 0
@@ -273,7 +269,7 @@ def test_first_scale_is_zero_and_the_second_is_s_init(s_init):
         steps(params, optimizer, 1)
         scales.append(optimizer.scale.item())
         if len(scales) == 1:
-            assert_close(arrays(params), START, rtol=0)
+            assert_arrays_close(arrays(params), START, rtol=0)
     assert scales[0] == 0
     np.testing.assert_allclose(scales[1], s_init, rtol=1e-8)  # eps / |h|
     assert all((np.abs(x - x0) > 0).all() for x, x0 in zip(arrays(params), START, strict=True))
@@ -287,7 +283,7 @@ def test_first_scale_is_zero_and_the_second_is_s_init(s_init):
     updates, state = update([jnp.array(g) for g in gradient(START)], state, x)
     np.testing.assert_allclose(np.asarray(state.m), 1e-8)  # its eps
     np.testing.assert_allclose(np.sum(state.s), s_init)
-    assert_close(updates, [-s_init * g for g in gradient(START)], rtol=1e-6)
+    assert_arrays_close(updates, [-s_init * g for g in gradient(START)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss_weight", [1.0, 0.25])
@@ -375,7 +371,7 @@ def test_reward_is_clamped_in_the_state():
         np.testing.assert_allclose(tuner(optimizer)["r"], np.maximum(0, BETAS * before["r"] - before["s"] * h))
         debt.append(np.asarray(theirs.state.r) - tuner(optimizer)["r"])
         if sign < 0:  # at this step the clamp comes in time for s
-            assert_close([np.asarray(x) for x in theirs.x], arrays(params))
+            assert_arrays_close([np.asarray(x) for x in theirs.x], arrays(params))
             assert (tuner(optimizer)["r"] == 0).all()
     assert (debt[0] < 0).all()
     np.testing.assert_allclose(debt[1], BETAS * debt[0], rtol=1e-9)
@@ -491,7 +487,7 @@ def test_starts_where_a_rebuilt_delta_is_lost_in_rounding(base, dtype, lr):
     old = Old(dtype, base, lr)
     before = arrays(old.params)
     old.steps(200)
-    assert_close(arrays(old.params), before, rtol=1e-6)
+    assert_arrays_close(arrays(old.params), before, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("float64_default")
@@ -511,7 +507,7 @@ def test_a_rebuilt_delta_cannot_start_from_zero():
     old.state["s"].zero_()
     old.steps(50)
     assert old.scale == 0
-    assert_close(arrays(old.params), START, rtol=0)
+    assert_arrays_close(arrays(old.params), START, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -520,7 +516,7 @@ def test_store_delta_changes_nothing(dtype):
     for store_delta in (False, True):
         params, optimizer = ours(dtype, torch.optim.AdamW, store_delta=store_delta)
         steps(params, optimizer, 100)
-        runs.append([*params, *optimizer.param_groups[0][TUNER["s"]]])
+        runs.append([*params, optimizer.scale])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert loss(arrays(params)) < 0.5 * loss(START)
     pair = Old(dtype, torch.optim.AdamW, store_delta=False), Old(dtype, torch.optim.AdamW, store_delta=True)
@@ -538,7 +534,7 @@ def test_maximize_reaches_the_tuner():
     steps(params, optimizer, 100, sign=-1.0)
     twin, other = ours()
     steps(twin, other, 100)
-    assert_close(arrays(params), arrays(twin), rtol=0)
+    assert_arrays_close(arrays(params), arrays(twin), rtol=0)
     assert loss(arrays(params)) < 0.2 * loss(START)
     for store_delta in (False, True):
         old = Old(base_options={"maximize": True}, store_delta=store_delta)
@@ -546,7 +542,7 @@ def test_maximize_reaches_the_tuner():
         first = old.scale
         old.steps(99, sign=-1.0)
         assert old.scale < 0.01 * first
-        assert_close(arrays(old.params), START, rtol=1e-6)
+        assert_arrays_close(arrays(old.params), START, rtol=1e-6)
 
 
 def pause(params, optimizer, count):
@@ -561,18 +557,18 @@ def test_parameter_without_gradient_takes_no_part():
     """The others move as if it were not there: their norms and products are those of the sums."""
     runs = []
     for both in (True, False):
-        params = parameters()
+        params = start_params()
         optimizer = mechanize(torch.optim.SGD, s_decay=1.0, s_init=1e-3)(params if both else params[:1], lr=1.0)
         pause(params, optimizer, 40)
-        assert_close(arrays(params[1:]), START[1:], rtol=0)
+        assert_arrays_close(arrays(params[1:]), START[1:], rtol=0)
         runs.append((arrays(params[:1]), tuner(optimizer)))
-    assert_close(runs[0][0], runs[1][0], rtol=0)
+    assert_arrays_close(runs[0][0], runs[1][0], rtol=0)
     np.testing.assert_equal(runs[0][1], runs[1][1])
     assert np.abs(runs[0][0][0] - START[0]).max() > 0.1
 
     old = Old(s_decay=1.0, s_init=1e-3, store_delta=True)  # the same rule
     pause(old.params, old.optimizer, 40)
-    assert_close(arrays(old.params[1:]), START[1:], rtol=0)
+    assert_arrays_close(arrays(old.params[1:]), START[1:], rtol=0)
 
 
 def test_parameter_that_returns_goes_on_from_where_it_is():
@@ -583,12 +579,13 @@ def test_parameter_that_returns_goes_on_from_where_it_is():
     pause(params, optimizer, 15)
     old_scale, old_delta = optimizer.scale.item(), deltas(params, optimizer)[1]
     assert old_scale > 20 * scale_at_pause
-    assert_close(arrays(params[1:]), [x], rtol=0)
+    assert_arrays_close(arrays(params[1:]), [x], rtol=0)
     steps(params, optimizer, 1)
     new_scale, new_delta = optimizer.scale.item(), deltas(params, optimizer)[1]
     move = new_scale * new_delta - old_scale * old_delta
-    assert_close(arrays(params[1:]), [x + move], rtol=1e-14)
-    assert_close([new_delta - old_delta], [-gradient([START[0], x])[1]], rtol=1e-12)  # no update was lost or added
+    assert_arrays_close(arrays(params[1:]), [x + move], rtol=1e-14)
+    # No update was lost or added.
+    assert_arrays_close([new_delta - old_delta], [-gradient([START[0], x])[1]], rtol=1e-12)
     # It would have jumped: back to the line from its first reference point, of which it has gone a small part.
     assert np.abs(START[1] + new_scale * new_delta - x - move).max() > 0.1
 
@@ -602,7 +599,7 @@ def test_parameter_that_returns_jumps_or_loses_its_delta_in_0_0_1():
         x, scale_at_pause = arrays(old.params)[1], old.scale
         delta = old.deltas()[1] if old is kept else (x - START[1]) / scale_at_pause
         pause(old.params, old.optimizer, 15)
-        assert_close(arrays(old.params[1:]), [x], rtol=0)
+        assert_arrays_close(arrays(old.params[1:]), [x], rtol=0)
         old_scale, before = old.scale, delta
         assert old_scale > 20 * scale_at_pause
         old.steps(1)
@@ -611,7 +608,7 @@ def test_parameter_that_returns_jumps_or_loses_its_delta_in_0_0_1():
             before = (x - START[1]) / (old_scale + 1e-8)
             assert np.abs(before).max() < 0.1 * np.abs(delta).max()
         after = START[1] + old.scale * (before + update)
-        assert_close(arrays(old.params[1:]), [after], rtol=1e-12)
+        assert_arrays_close(arrays(old.params[1:]), [after], rtol=1e-12)
         if old is kept:
             assert np.abs(after - x).max() > 5 * old.scale * np.abs(update).max()
 
@@ -622,7 +619,7 @@ def test_step_without_any_gradient_does_nothing():
     x, state = arrays(params), tuner(optimizer)
     optimizer.zero_grad()
     optimizer.step()
-    assert_close(arrays(params), x, rtol=0)
+    assert_arrays_close(arrays(params), x, rtol=0)
     np.testing.assert_equal(tuner(optimizer), state)
     old = Old()
     with pytest.raises(TypeError), torch.enable_grad():  # it leaves autograd off
@@ -649,13 +646,13 @@ def test_weights_edited_between_steps_stay_edited():
     edited, old_scale, old_delta = edit(params), optimizer.scale.item(), deltas(params, optimizer)
     steps(params, optimizer, 1)
     before, after = line(old_scale, old_delta), line(optimizer.scale.item(), deltas(params, optimizer))
-    assert_close(arrays(params), [x + b - a for x, a, b in zip(edited, before, after, strict=True)])
+    assert_arrays_close(arrays(params), [x + b - a for x, a, b in zip(edited, before, after, strict=True)])
 
     # optax takes the edit for a part of delta and rescales it.
     theirs.x = [jnp.array(x) for x in edited]
     theirs.steps(1)
     rebuilt = [(x - x0) / old_scale - g for x, x0, g in zip(edited, START, gradient(edited), strict=True)]
-    assert_close([np.asarray(x) for x in theirs.x], line(float(theirs.state.s.sum()), rebuilt))
+    assert_arrays_close([np.asarray(x) for x in theirs.x], line(float(theirs.state.s.sum()), rebuilt))
     assert abs(float(theirs.state.s.sum()) / old_scale - 1) > 0.05
 
     # 0.0.1 does the same, or with store_delta=True puts the weights back.
@@ -667,10 +664,10 @@ def test_weights_edited_between_steps_stay_edited():
         if old is rebuilding:
             parts = zip(edited, START, gradient(edited), strict=True)
             rebuilt = [(x - x0) / (old_scale + 1e-8) - g for x, x0, g in parts]
-            assert_close(arrays(old.params), line(old.scale, rebuilt))
+            assert_arrays_close(arrays(old.params), line(old.scale, rebuilt))
             assert abs(old.scale / old_scale - 1) > 0.05
         else:
-            assert_close(arrays(old.params), line(old.scale, old.deltas()))
+            assert_arrays_close(arrays(old.params), line(old.scale, old.deltas()))
             assert all((np.abs(x - y) > 0.9).all() for x, y in zip(arrays(old.params), edited, strict=True))
 
 
@@ -687,7 +684,7 @@ def test_step_with_a_nonfinite_gradient_is_skipped(bad):
         o.step()
         steps(p, o, 60)
     steps(twin, other, 80)
-    assert_close(arrays(params), arrays(twin), rtol=0)
+    assert_arrays_close(arrays(params), arrays(twin), rtol=0)
     assert optimizer.skipped_steps == 1
     assert all(np.isnan(x).all() for x in arrays(old.params))
 
@@ -725,7 +722,7 @@ def test_checkpoint_carries_the_tuner():
     resumed.load_state_dict(optimizer.state_dict())
     steps(params, optimizer, 20)
     steps(copies, resumed, 20)
-    assert_close(arrays(copies), arrays(params), rtol=0)
+    assert_arrays_close(arrays(copies), arrays(params), rtol=0)
     assert loss(arrays(params)) < 0.9 * loss(START)
 
     old, other = Old(), Old()

@@ -33,7 +33,7 @@ def test_one_further_step_starts_from_the_edited_weights(dtype, store_delta):
         assert move.abs().max() > 1e-5
 
 
-def test_clamping_after_each_step():
+def test_weights_that_are_clamped_after_each_step_still_train():
     """A weight constraint holds, and training works within it."""
     model = mlp()
     optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
@@ -59,7 +59,7 @@ def test_load_state_dict_on_the_model_after_some_steps():
     assert full_loss(model) < 2 * loss + 0.1
 
 
-def test_pruning():
+def test_training_goes_on_after_pruning():
     model = mlp()
     optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
     train(model, optimizer, 100)
@@ -69,7 +69,7 @@ def test_pruning():
     assert full_loss(model) < 0.4
 
 
-def test_pruning_by_hand():
+def test_weights_that_are_masked_after_every_step_stay_zero():
     """A mask applied to the weights after every step, bfloat16 with its compensations included."""
     model = mlp(torch.bfloat16)
     mask = torch.rand_like(model[0].weight) < 0.5
@@ -82,7 +82,7 @@ def test_pruning_by_hand():
     assert full_loss(model) < 0.3
 
 
-def test_weight_normalization():
+def test_a_model_with_weight_normalization_trains():
     model = mlp()
     parametrizations.weight_norm(model[0])
     optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)

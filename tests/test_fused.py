@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from counting import Operations
 from device import DEVICE
+from helpers import assert_identical, count_a_skipped_step
 from mechanic_pytorch import _fused, kernels, mechanize
-from test_resume import assert_identical
 
 SHAPES = [(7,), (), (33, 17), (0, 3), (70_001,), (2, 600_001), (64, 300), (3,)]  # packs, one block, several blocks
 BASES = {
@@ -28,22 +29,22 @@ BASES = {
 }
 
 
-def parameters(dtype, shapes=SHAPES):
+def random_params(dtype, shapes=SHAPES):
     torch.manual_seed(0)
     params = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
     params.append(torch.randn(4, 5, 6, 7).to(dtype, memory_format=torch.channels_last).requires_grad_())
     return params
 
 
-def build(name, dtype, wrap=mechanize, **mechanic_options):
+def params_and_optimizer(name, dtype, wrap=mechanize, **mechanic_options):
     base, options = BASES[name]
-    params = parameters(dtype)
+    params = random_params(dtype)
     lr = torch.tensor(1.0) if name == "AdamW_tensor_lr" else 1.0
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.3 * lr}]
     return params, wrap(base, **mechanic_options)(groups, lr=lr, fused=True, **options)
 
 
-def train(params, optimizer, steps, first=0, one_pass=True):
+def train_on_noise(params, optimizer, steps, first=0, one_pass=True):
     """Step on a noisy quadratic; return how often the base's function was called on parts, and copies were made."""
     operations = Operations()
     for t in range(first, first + steps):
@@ -79,7 +80,7 @@ if DEVICE:  # torch's functions add to a product without rounding it, our kernel
     CLOSE[torch.float16] = CLOSE[torch.bfloat16] = {"rtol": 2**-4, "atol": 2**-6}
 
 
-def assert_close(ones, others, dtype):
+def assert_same_params_and_state(ones, others, dtype):
     """Compare parameters and all state."""
     (params, optimizer), (more, other) = ones, others
     mine, theirs = optimizer.state_dict(), other.state_dict()
@@ -94,25 +95,25 @@ def assert_close(ones, others, dtype):
 @pytest.mark.parametrize("s_init", [1e-3, "auto"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_one_pass_equals_step_and_move(name, dtype, s_init):
-    params, optimizer = build(name, dtype, s_init=s_init)
-    others, other = build(name, dtype, s_init=s_init)
-    count = train(params, optimizer, 12)
-    assert count["empty_like"] < train(others, other, 12, one_pass=False)["empty_like"]
+    params, optimizer = params_and_optimizer(name, dtype, s_init=s_init)
+    others, other = params_and_optimizer(name, dtype, s_init=s_init)
+    count = train_on_noise(params, optimizer, 12)
+    assert count["empty_like"] < train_on_noise(others, other, 12, one_pass=False)["empty_like"]
     assert optimizer.scale > 1e-3
-    assert_close((params, optimizer), (others, other), dtype)
+    assert_same_params_and_state((params, optimizer), (others, other), dtype)
 
 
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW"])
 def test_a_checkpoint_moves_between_paths(name):
-    params, optimizer = build(name, torch.float32)
-    train(params, optimizer, 6)
-    others, other = build(name, torch.float32)
+    params, optimizer = params_and_optimizer(name, torch.float32)
+    train_on_noise(params, optimizer, 6)
+    others, other = params_and_optimizer(name, torch.float32)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p, q in zip(others, params, strict=True):
         p.data.copy_(q.data)
-    train(params, optimizer, 6, first=6)
-    train(others, other, 6, first=6, one_pass=False)
-    assert_close((params, optimizer), (others, other), torch.float32)
+    train_on_noise(params, optimizer, 6, first=6)
+    train_on_noise(others, other, 6, first=6, one_pass=False)
+    assert_same_params_and_state((params, optimizer), (others, other), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW"])
@@ -120,14 +121,14 @@ def test_updates_too_small_for_the_weights_are_not_lost(name):
     """In one pass the base makes its update on zeros: at lr 1e-12 it has as many digits as at lr 1."""
     deltas = []
     for lr in (1.0, 1e-12):
-        params = parameters(torch.float32)
+        params = random_params(torch.float32)
         base, options = BASES[name]
         optimizer = mechanize(base, s_init=1e-30)(params, lr=1.0, fused=True, **options)
-        train(params, optimizer, 1)  # the base makes its first step by itself
+        train_on_noise(params, optimizer, 1)  # the base makes its first step by itself
         for p in params:
             optimizer.state[p]["mechanic_delta"].zero_()
         optimizer.param_groups[0]["lr"] = lr
-        train(params, optimizer, 3, first=1)
+        train_on_noise(params, optimizer, 3, first=1)
         deltas.append([optimizer.state[p]["mechanic_delta"] / lr for p in params])
     torch.testing.assert_close(*deltas, **CLOSE[torch.float32])
 
@@ -135,11 +136,11 @@ def test_updates_too_small_for_the_weights_are_not_lost(name):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_a_copy_takes_the_same_path(copied):
     """torch's pickles forget that fused bases look at `found_inf`."""
-    params, optimizer = build("AdamW", torch.float32)
-    train(params, optimizer, 4)
+    params, optimizer = params_and_optimizer("AdamW", torch.float32)
+    train_on_noise(params, optimizer, 4)
     others, other = copied((params, optimizer))
-    count = train(params, optimizer, 3, first=4)
-    assert train(others, other, 3, first=4)["empty_like"] == count["empty_like"] == 0
+    count = train_on_noise(params, optimizer, 3, first=4)
+    assert train_on_noise(others, other, 3, first=4)["empty_like"] == count["empty_like"] == 0
     assert_identical([params, optimizer.state_dict()], [others, other.state_dict()])
 
 
@@ -148,30 +149,24 @@ def test_a_copy_takes_the_same_path(copied):
 def test_any_cut_into_blocks_is_the_same(sizes, small, more):
     """Elementwise rules do not care where a tensor is cut; only the order of the four sums changes."""
     results = []
-    for cut in ((small + more, small), (2**19, 2**14)):
+    for block, pack in ((small + more, small), (2**19, 2**14)):
         torch.manual_seed(0)
         params = [torch.randn(n, dtype=torch.float64).requires_grad_() for n in sizes]
         optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(params, lr=1.0, fused=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels.blocks, "BLOCK", cut[0])
-            patch.setattr(kernels.blocks, "SMALL", cut[1])
-            patch.setattr(kernels.blocks, "SMALL_STEP", cut[1])
-            patch.setattr(kernels.blocks, "PACK", cut[0])
-            patch.setattr(kernels.blocks, "ALIGN", 1)
-            train(params, optimizer, 4)
+        with mock.patch.multiple(kernels.blocks, BLOCK=block, PACK=block, SMALL=pack, SMALL_STEP=pack, ALIGN=1):
+            train_on_noise(params, optimizer, 4)
         results.append([*params, *(optimizer.state[p].get("mechanic_delta") for p in params), optimizer.scale])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_skipped_step_changes_nothing_but_its_count():
-    params, optimizer = build("AdamW", torch.float32)
-    train(params, optimizer, 4)
+    params, optimizer = params_and_optimizer("AdamW", torch.float32)
+    train_on_noise(params, optimizer, 4)
     before = copy.deepcopy([params, optimizer.state_dict()])
     params[2].grad.view(-1)[3] = float("nan")
     optimizer.step()
-    before[1]["param_groups"][0]["mechanic_steps"] += 1
-    before[1]["param_groups"][0]["mechanic_skipped_steps"] += 1
+    count_a_skipped_step(before[1])
     assert_identical([params, optimizer.state_dict()], before)
 
 
@@ -180,9 +175,9 @@ class Subclass(torch.optim.AdamW):
 
 
 def trained(base, steps=2, **options):
-    params = parameters(torch.float32)
+    params = random_params(torch.float32)
     optimizer = mechanize(base)(params, lr=1.0, **options)
-    train(params, optimizer, steps)
+    train_on_noise(params, optimizer, steps)
     return params, optimizer
 
 
@@ -209,36 +204,36 @@ def test_the_base_steps_by_itself_where_its_rule_is_not_known(build, monkeypatch
     params, optimizer = build()
     steps = optimizer.state[params[0]]["step"].item() if optimizer.state else 0
     monkeypatch.setattr(_fused.OnePass, "move", lambda *_: pytest.fail("its rule was taken for known"))
-    train(params, optimizer, 1)
+    train_on_noise(params, optimizer, 1)
     assert optimizer.state[params[0]]["step"] == steps + 1
 
 
 @pytest.mark.parametrize("wrap", [lambda step: step, torch.optim.Optimizer.profile_hook_step])
 def test_a_step_that_somebody_put_into_torchs_class_is_called(wrap, monkeypatch):
-    params, optimizer = build("Adam", torch.float32)
-    train(params, optimizer, 2)
+    params, optimizer = params_and_optimizer("Adam", torch.float32)
+    train_on_noise(params, optimizer, 2)
     calls = []
     monkeypatch.setattr(torch.optim.Adam, "step", wrap(lambda self, *_: calls.append(self)))
-    train(params, optimizer, 2)
+    train_on_noise(params, optimizer, 2)
     assert calls == [optimizer] * 2
 
 
 def test_a_version_of_torch_whose_adamw_has_no_key_for_its_decay():
     """Before 2.7, AdamW was a class of its own, and Adam had no such option."""
-    (params, optimizer), (others, other) = (build("AdamW", torch.float32, s_init=1e-3) for _ in range(2))
-    train(params, optimizer, 4)
-    train(others, other, 4)
+    (params, optimizer), (others, other) = (params_and_optimizer("AdamW", torch.float32, s_init=1e-3) for _ in range(2))
+    train_on_noise(params, optimizer, 4)
+    train_on_noise(others, other, 4)
     for group in optimizer.param_groups:
         del group["decoupled_weight_decay"]
-    train(params, optimizer, 4, first=5)
-    train(others, other, 4, first=5)
+    train_on_noise(params, optimizer, 4, first=5)
+    train_on_noise(others, other, 4, first=5)
     assert_identical([params, optimizer.state_dict()["state"]], [others, other.state_dict()["state"]])
 
 
 def test_what_torch_refuses_leaves_everything_as_it_was():
     """A model cast in the middle of a run: torch's fused step wants state of the same dtype."""
-    params, optimizer = build("AdamW", torch.float32)
-    train(params, optimizer, 3)
+    params, optimizer = params_and_optimizer("AdamW", torch.float32)
+    train_on_noise(params, optimizer, 3)
     for p in params:
         grad, p.grad = p.grad, None
         p.data = p.data.to(torch.bfloat16)

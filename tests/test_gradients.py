@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bases import CASES
+from helpers import assert_identical, count_a_skipped_step
 from mechanic_pytorch import mechanize
 from problems import SparseClassifier, full_loss, loss_of, mlp, train
-from test_resume import assert_identical
 
 
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW", "AdamW_fused", "Adagrad"])
@@ -102,8 +102,7 @@ def test_a_step_with_a_bad_gradient_is_skipped_whole(name, value, trained):
     model, optimizer = CASES[name].build()
     train(model, optimizer, trained)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for key in ("mechanic_steps", "mechanic_skipped_steps"):
-        before[1]["param_groups"][0][key] += 1
+    count_a_skipped_step(before[1])
     optimizer.zero_grad()
     loss_of(model, trained).backward()
     poison(model, value)

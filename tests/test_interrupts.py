@@ -6,10 +6,11 @@ import warnings
 import pytest
 import torch
 
+from helpers import assert_identical
 from mechanic_pytorch import _buckets, _fused, kernels, mechanic, mechanize
 from mechanic_pytorch._tuner import Tuner
+from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
-from test_resume import assert_identical
 
 OPTIONS = {
     "auto": {"s_init": "auto"},
@@ -33,7 +34,7 @@ class Flaky(torch.optim.AdamW):
                 raise KeyboardInterrupt
 
 
-def build(base, options, **base_options):
+def model_and_optimizer(base, options, **base_options):
     model = mlp()
     groups = [{"params": params} for params in layers(model)]
     return model, mechanize(base, **options)(groups, lr=1.0, **base_options)
@@ -49,9 +50,9 @@ def ours(model, optimizer):
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("when", [1, 2, 3, 4, 5, 30])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_base_raises(options, when, moment):
+def test_a_base_that_raises_leaves_weights_and_tuner_as_they_were(options, when, moment):
     """The moments of Adam are its own: one that raises after its step has counted the gradient."""
-    model, optimizer = build(Flaky, OPTIONS[options])
+    model, optimizer = model_and_optimizer(Flaky, OPTIONS[options])
     optimizer.when = (when, moment)
     train(model, optimizer, when - 1)
     before = ours(model, optimizer)
@@ -79,9 +80,9 @@ POINTS = {
 # The base makes its first steps by itself.
 @pytest.mark.parametrize(("point", "when"), [(p, t) for p in POINTS for t in (1, 2, 3, 5) if p != "fused" or t > 2])
 @pytest.mark.parametrize("options", ["auto", "number, per group"])
-def test_any_part_of_a_step_raises(options, point, when, monkeypatch):
+def test_whatever_part_of_a_step_raises_weights_and_sums_are_as_they_were(options, point, when, monkeypatch):
     """The part begins with an error: what came before it is undone."""
-    model, optimizer = build(torch.optim.AdamW, OPTIONS[options], fused=point == "fused")
+    model, optimizer = model_and_optimizer(torch.optim.AdamW, OPTIONS[options], fused=point == "fused")
     train(model, optimizer, when - 1)
     before = ours(model, optimizer)
     place, name = POINTS[point]
@@ -107,7 +108,7 @@ def test_a_step_whose_weights_have_moved_is_finished(options, when, monkeypatch)
     """An interrupt while it is written down: the step is made, to the bit, and the error comes all the same."""
     runs = []
     for is_interrupted in (False, True):
-        model, optimizer = build(torch.optim.AdamW, OPTIONS[options])
+        model, optimizer = model_and_optimizer(torch.optim.AdamW, OPTIONS[options])
         train(model, optimizer, when - 1)
         with monkeypatch.context() as broken:
             if is_interrupted:
@@ -138,7 +139,7 @@ def test_a_warning_that_is_made_an_error_comes_after_the_step():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="lost in rounding"):
             optimizer.step()
-        assert optimizer.param_groups[0]["mechanic_steps"] == 1
+        assert read_out(optimizer).steps == 1
         assert optimizer.state[p]["mechanic_delta"].count_nonzero() == 5
         optimizer.step()
-    assert optimizer.param_groups[0]["mechanic_steps"] == 2
+    assert read_out(optimizer).steps == 2

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 import oracle
 from mechanic_pytorch import mechanize
+from mechanic_pytorch.telemetry import read_out
+from problems import noisy_quadratic
 
-SHAPES = [(4, 3), (), (5,), (2, 1, 3)]
 STEPS = 80
 
 BASES = {
@@ -22,23 +23,9 @@ BASES = {
 }
 
 
-def objective(seed):
-    """A noisy, badly scaled quadratic: gradients at x for step t, the same for both sides."""
-    rng = np.random.default_rng(seed)
-    curvature = [np.exp(rng.uniform(-2, 2, shape)) for shape in SHAPES]
-    target = [rng.standard_normal(shape) for shape in SHAPES]
-    noise = [[0.1 * rng.standard_normal(shape) for shape in SHAPES] for _ in range(STEPS)]
-    start = [rng.standard_normal(shape) for shape in SHAPES]
-
-    def gradients(x, t):
-        return [c * (xi - ti) + ni for c, xi, ti, ni in zip(curvature, x, target, noise[t], strict=True)]
-
-    return start, gradients
-
-
 def compare(name, lr, seed=0, steps=STEPS, **options):
     base, base_options, oracle_base, oracle_options = BASES[name]
-    start, gradients = objective(seed)
+    start, gradients = noisy_quadratic(seed)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = mechanize(base, **options)(params, lr=lr, **base_options)
     options.pop("store_delta", None)
@@ -50,14 +37,10 @@ def compare(name, lr, seed=0, steps=STEPS, **options):
         theirs.step(gradients(theirs.x, t))
     for p, x in zip(params, theirs.x, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
-    home = ours.param_groups[0]
-    for key, vector in [
-        ("mechanic_max_product", theirs.m),
-        ("mechanic_sum_squared_products", theirs.v),
-        ("mechanic_reward", theirs.r),
-        ("mechanic_scales", theirs.s),
-    ]:
-        np.testing.assert_allclose(home[key].numpy(), vector, rtol=1e-9, atol=1e-9 * vector.max())
+    now = read_out(ours)
+    vectors = [now.max_product, now.sum_squared_products, now.reward, now.scales]
+    for (actual,), vector in zip(vectors, (theirs.m, theirs.v, theirs.r, theirs.s), strict=True):
+        np.testing.assert_allclose(actual, vector, rtol=1e-9, atol=1e-9 * vector.max())
     for p, delta in zip(params, theirs.delta, strict=True):
         np.testing.assert_allclose(ours.state[p]["mechanic_delta"].numpy(), delta, rtol=1e-9, atol=1e-12)
     assert any(np.abs(x - x0).max() > 1e-3 for x, x0 in zip(theirs.x, start, strict=True)), "the test must go somewhere"

@@ -35,7 +35,7 @@ def several_optimizers(model, base, lrs=(1.0, 0.1), options=None, **mechanic_opt
     return [kind(params, lr=lr, **(options or {})) for params, lr in zip(layers(model), lrs, strict=True)]
 
 
-def assert_same(model, optimizer, twin, others, rtol=None, atol=None):
+def assert_same_as_several(model, optimizer, twin, others, rtol=None, atol=None):
     """Compare weights, sums of updates, base state and tuners."""
     tolerance = {"rtol": rtol, "atol": atol}
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -81,7 +81,7 @@ def test_it_equals_one_optimizer_per_group(name, s_init, kernel, monkeypatch):
             each.step()
         a, b = optimizer.effective_lr()
         apart = max(apart, a / b, b / a) if a and b else apart
-    assert_same(model, optimizer, twin, others, rtol=1e-8, atol=1e-12)
+    assert_same_as_several(model, optimizer, twin, others, rtol=1e-8, atol=1e-12)
     assert full_loss(model) < 2.2
     assert apart > 1.2, "the groups must have something to disagree about"
 
@@ -99,7 +99,7 @@ def test_it_equals_one_optimizer_per_group_in_low_precision(name, dtype):
             loss_of(one, t).backward()
         for each in (optimizer, *others):
             each.step()
-    assert_same(model, optimizer, twin, others, rtol=1e-6, atol=0)
+    assert_same_as_several(model, optimizer, twin, others, rtol=1e-6, atol=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -166,12 +166,14 @@ def test_each_group_equals_the_oracle_of_its_own_sums(s_decay):
                 p.grad = torch.tensor(g)
             one.step(gradients(i, one.x, t))
         optimizer.step()
-    for group, one in zip(optimizer.param_groups, theirs, strict=True):
+    now = read_out(optimizer)
+    vectors = now.max_product, now.sum_squared_products, now.reward, now.scales
+    for group, one, *ours in zip(optimizer.param_groups, theirs, *vectors, strict=True):
         for p, x, delta in zip(group["params"], one.x, one.delta, strict=True):
             np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9)
             np.testing.assert_allclose(optimizer.state[p]["mechanic_delta"].numpy(), delta, rtol=1e-9)
-        for key, vector in zip(OWN[:4], (one.m, one.v, one.r, one.s), strict=True):
-            np.testing.assert_allclose(group[key].numpy(), vector, rtol=1e-9, atol=1e-9 * vector.max())
+        for actual, vector in zip(ours, (one.m, one.v, one.r, one.s), strict=True):
+            np.testing.assert_allclose(actual, vector, rtol=1e-9, atol=1e-9 * vector.max())
 
 
 def test_with_one_group_it_changes_nothing():
@@ -204,15 +206,29 @@ def test_the_ratio_of_the_learning_rates_says_nothing():
 # --- what must hold as it does for one scale --------------------------------------------------------------------------
 
 
-def test_host_reads_and_operations_do_not_grow_with_the_groups():
-    for s_init in (1e-8, "auto"):
-        model = mlp()
-        optimizer = one_optimizer(model, torch.optim.AdamW, options={"fused": True}, s_init=s_init)
-        train(model, optimizer, 3)
-        loss_of(model, 3).backward()
+def operations_of_a_step(count, **mechanic_options):
+    """Count those of a step of eight parameters in so many groups, after the first ones."""
+    params = [torch.ones(5, requires_grad=True) for _ in range(8)]
+    groups = [{"params": params[i::count]} for i in range(count)]
+    optimizer = mechanize(torch.optim.AdamW, **mechanic_options)(groups, lr=1.0, fused=True)
+    for _ in range(4):
+        for p in params:
+            p.grad = p.detach().clone()
         with Operations() as operations:
             optimizer.step()
-        assert operations.host_reads == 0
+    return operations
+
+
+@pytest.mark.parametrize("s_init", [1e-8, "auto"])
+def test_a_scale_more_costs_no_host_read_and_two_operations_at_most(s_init):
+    """Beside what is done for each group anyway, also with one scale for all."""
+    more = []
+    for count in (1, 2, 4, 8):
+        own, shared = (operations_of_a_step(count, s_init=s_init, per_group=kind) for kind in (True, False))
+        assert own.host_reads == shared.host_reads == 0
+        more.append(own.count.total() - shared.count.total())
+    assert more[0] <= 16, "a row of numbers in the place of one"
+    assert all(extra <= more[0] + 2 * (count - 1) for extra, count in zip(more, (1, 2, 4, 8), strict=True))
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_of_all_groups():
@@ -256,18 +272,28 @@ def test_it_moves_with_the_parameters_to_another_dtype():
     train(model, optimizer, 5)
     model.double()
     train(model, optimizer, 5, first=5)
-    assert {group["mechanic_scales"].dtype for group in optimizer.param_groups} == {torch.float64}
+    assert optimizer.scale.dtype == torch.float64
+    assert {optimizer.state[p]["mechanic_delta"].dtype for p in model.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_group_that_is_taken_out_takes_its_tuner_along(position):
-    model = mlp()
+    """The other goes on as with an optimizer of its own."""
+    model, twin = mlp(torch.float64), mlp(torch.float64)
     optimizer = one_optimizer(model, torch.optim.SGD, s_init=1e-3)
-    train(model, optimizer, 10)
-    scales = optimizer.scale.tolist()
-    del optimizer.param_groups[position]
-    assert optimizer.scale.tolist() == [scales[1 - position]]
-    train(model, optimizer, 2, first=10)
+    others = several_optimizers(twin, torch.optim.SGD, s_init=1e-3)
+    for t in range(20):
+        if t == 10:
+            scales = optimizer.scale.tolist()
+            del optimizer.param_groups[position], others[position]
+            assert optimizer.scale.tolist() == [scales[1 - position]]
+        for one in (model, twin):
+            one.zero_grad()
+            loss_of(one, t).backward()
+        for each in (optimizer, *others):
+            each.step()
+    assert optimizer.scale.item() > 1.5 * scales[1 - position]
+    assert_same_as_several(model, optimizer, twin, others, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's compiler imports it
@@ -309,7 +335,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(s_init):
     twin.load_state_dict(weights)
     other.load_state_dict(state)
     train(twin, other, 10, first=10)
-    assert_same(model, optimizer, twin, [SingleGroup(other, i) for i in range(2)], rtol=0, atol=0)
+    assert_same_as_several(model, optimizer, twin, [SingleGroup(other, i) for i in range(2)], rtol=0, atol=0)
 
 
 class SingleGroup:

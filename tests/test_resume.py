@@ -14,28 +14,11 @@ from hypothesis.strategies import data, integers, sampled_from
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from bases import CASES
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
 from problems import full_loss, layers, mlp, train
 
 STEPS = 12
-
-
-def assert_identical(actual, expected, where="root"):
-    """Compare nested state bit for bit, types and dtypes included."""
-    assert type(actual) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert actual.dtype == expected.dtype, where
-        assert torch.equal(actual, expected), where
-    elif isinstance(expected, dict):
-        assert list(actual) == list(expected) or set(actual) == set(expected), where
-        for key in expected:
-            assert_identical(actual[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(actual) == len(expected), where
-        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-            assert_identical(a, e, f"{where}[{i}]")
-    else:
-        assert actual == expected, where
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ def accuracy(model):
 
 
 @cache
-def run(lr, dtype, steps=300, base=torch.optim.AdamW, **options):
+def trained_at(lr, dtype, steps=300, base=torch.optim.AdamW, **options):
     model = mlp(dtype)
     losses = train(model, mechanize(base)(model.parameters(), lr=lr, **options), steps)
     return losses, accuracy(model), full_loss(model)
@@ -25,22 +25,22 @@ def run(lr, dtype, steps=300, base=torch.optim.AdamW, **options):
 @pytest.mark.parametrize("exponent", range(-6, 7))
 def test_learns_in_300_steps_at_any_base_learning_rate(exponent):
     """Ten classes: 10% by chance. The smaller the base lr, the later it starts, for s_init is an absolute number."""
-    _, acc, _ = run(10.0**exponent, torch.float32)
+    _, acc, _ = trained_at(10.0**exponent, torch.float32)
     assert acc > (0.95 if exponent >= -2 else 0.5)
 
 
 @pytest.mark.parametrize("exponent", range(-6, 7))
 def test_float32_makes_the_progress_of_float64(exponent):
     """Over the first 60 steps the two losses differ by at most 2% of the progress made so far."""
-    float32, float64 = run(10.0**exponent, torch.float32)[0][:60], run(10.0**exponent, torch.float64)[0][:60]
+    float32, float64 = (trained_at(10.0**exponent, dtype)[0][:60] for dtype in (torch.float32, torch.float64))
     progress = float64[0] - min(float64)
     for a, b in zip(float32, float64, strict=True):
         assert abs(a - b) <= max(0.02 * progress, 1e-5)
 
 
 BASES = {
-    "adamw": (partial(run, base=torch.optim.AdamW), 1.0),
-    "momentum": (partial(run, base=torch.optim.SGD, momentum=0.9), 1.0),
+    "adamw": (partial(trained_at, base=torch.optim.AdamW), 1.0),
+    "momentum": (partial(trained_at, base=torch.optim.SGD, momentum=0.9), 1.0),
 }
 
 
@@ -61,7 +61,7 @@ def test_bfloat16_parameters_learn_as_float32_ones_do(name):
 )
 def test_float16_parameters_learn_where_the_plain_base_can(base, options):
     """Adam's default eps, 1e-8, is 0 in float16: the plain base itself divides by zero then."""
-    _, acc, _ = run(1.0, torch.float16, base=base, **options)
+    _, acc, _ = trained_at(1.0, torch.float16, base=base, **options)
     assert acc > 0.95
 
 
@@ -82,7 +82,7 @@ def test_warns_once_when_the_update_is_lost_in_rounding():
 def test_does_not_warn_when_the_base_moves(lr):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(lr, torch.float32, steps=2)
+        trained_at(lr, torch.float32, steps=2)
 
 
 def test_does_not_warn_during_warm_up_from_zero_but_after_it():

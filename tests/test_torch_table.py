@@ -16,8 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+from helpers import assert_identical
 from mechanic_pytorch import mechanize
-from test_resume import assert_identical
 
 
 def import_table():
@@ -54,7 +54,7 @@ def cases(condition=lambda info: True, tuners=TUNERS):
 
 
 @functools.cache
-def problem(dtype):
+def least_squares(dtype):
     """Return where two matrices x start, and the A and B of the least squares |A x - B|^2 of each."""
     generator = torch.Generator().manual_seed(0)
     randn = functools.partial(torch.randn, dtype=dtype, generator=generator)
@@ -67,9 +67,9 @@ def lr_of(info, options):
     return options.get("lr", inspect.signature(info.optim_cls).parameters["lr"].default)
 
 
-def build(info, options, tuner, dtype=torch.float64, as_pairs=False):
+def params_and_optimizer(info, options, tuner, dtype=torch.float64, as_pairs=False):
     """Return the matrices and their optimizer, if possible with a parameter group and another lr for each."""
-    starts = [torch.view_as_real(x) if as_pairs else x for x in problem(dtype)[0]]
+    starts = [torch.view_as_real(x) if as_pairs else x for x in least_squares(dtype)[0]]
     params = [x.clone().requires_grad_() for x in starts]
     groups = params
     if info.supports_param_groups:
@@ -84,7 +84,7 @@ def evaluate(params, optimizer, leave_out=None, sparse=False):
     sign = -1 if optimizer.param_groups[0].get("maximize") else 1
     as_pairs = params[0].dim() == 3
     with torch.no_grad():
-        for p, a, b in zip(params, *problem(torch.complex128 if as_pairs else params[0].dtype)[1:], strict=True):
+        for p, a, b in zip(params, *least_squares(torch.complex128 if as_pairs else params[0].dtype)[1:], strict=True):
             error = a @ (torch.view_as_complex(p) if as_pairs else p) - b
             losses.append(sign * error.abs().square().sum())
             grad = 2 * sign * (a.mH @ error)
@@ -95,7 +95,7 @@ def evaluate(params, optimizer, leave_out=None, sparse=False):
     return losses
 
 
-def train(both, info, steps, first=0, leave_out=False, sparse=False):
+def advance(both, info, steps, first=0, leave_out=False, sparse=False):
     params, optimizer = both
     sparse = sparse or info.only_supports_sparse_grads
     for t in range(first, first + steps):
@@ -114,24 +114,24 @@ def train(both, info, steps, first=0, leave_out=False, sparse=False):
 @cases()
 def test_descends_and_resumes(info, options, tuner):
     """In float32, as the state of NAdam and ASGD is: torch casts it to the dtype of the parameters on loading."""
-    build(info, options, None)  # from then on torch fires the hooks in the step of the plain class, too
-    params, optimizer = both = build(info, options, tuner, torch.float32)
+    params_and_optimizer(info, options, None)  # from then on torch fires the hooks in the step of the plain class, too
+    params, optimizer = both = params_and_optimizer(info, options, tuner, torch.float32)
     start, fired = evaluate(*both), []
     steps = STEPS[tuner] + 10 * (info.name == "RAdam")  # whose first five updates are as long as the gradient
     optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
     optimizer.register_step_post_hook(lambda *_: fired.append("post"))
-    train(both, info, steps - 10)
-    resumed = build(info, options, tuner, torch.float32)
+    advance(both, info, steps - 10)
+    resumed = params_and_optimizer(info, options, tuner, torch.float32)
     resumed[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with torch.no_grad():
         torch._foreach_copy_(resumed[0], params)
     # torch's own LBFGS cannot be copied either: see below.
     copies = [] if info.name == "LBFGS" else [pickle.loads(pickle.dumps(copy.deepcopy(both)))]
-    train(both, info, 2, first=steps - 10)
+    advance(both, info, 2, first=steps - 10)
     for other in [resumed, *copies]:
-        train(other, info, 2, first=steps - 10)
+        advance(other, info, 2, first=steps - 10)
         assert_identical([other[0], other[1].state_dict()], [params, optimizer.state_dict()])
-    train(both, info, 8, first=steps - 8)
+    advance(both, info, 8, first=steps - 8)
     assert fired == ["pre", "post"] * steps
     assert optimizer.skipped_steps == 0
     for before, after in zip(start, evaluate(*both), strict=True):
@@ -143,10 +143,10 @@ def test_descends_and_resumes(info, options, tuner):
 
 def test_a_copy_of_a_plain_lbfgs_has_lost_its_parameters_too():
     with pytest.raises(AttributeError, match="_params"):
-        train(copy.deepcopy(build(INFOS["LBFGS"], {}, None)), INFOS["LBFGS"], 1)
+        advance(copy.deepcopy(params_and_optimizer(INFOS["LBFGS"], {}, None)), INFOS["LBFGS"], 1)
 
 
-def assert_close(one, other):
+def assert_same_weights_and_scale(one, other):
     torch.testing.assert_close(one[0], other[0], rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(one[1].scale, other[1].scale, rtol=1e-8, atol=0.0)
 
@@ -156,25 +156,25 @@ def test_neither_foreach_nor_a_tensor_lr_changes_the_run(info, options, tuner):
     lr = float(lr_of(info, options))
     variants = [{"lr": lr}, {"lr": torch.tensor(lr, dtype=torch.float64)}]
     variants += [{"lr": lr, "foreach": True}] if "foreach" in info.supported_impls else []
-    expected, *others = (train(build(info, {**options, **more}, tuner), info, 6) for more in variants)
+    expected, *others = (advance(params_and_optimizer(info, {**options, **more}, tuner), info, 6) for more in variants)
     assert expected[1].scale > 0
     for other in others:
-        assert_close(other, expected)
+        assert_same_weights_and_scale(other, expected)
 
 
 @cases(lambda info: info.supports_complex, tuners=["number", "per_group"])
 def test_complex_numbers_are_pairs_of_real_ones(info, options, tuner):
-    params, optimizer = train(build(info, options, tuner, torch.complex128), info, 4)
-    pairs = train(build(info, options, tuner, torch.complex128, as_pairs=True), info, 4)
+    params, optimizer = advance(params_and_optimizer(info, options, tuner, torch.complex128), info, 4)
+    pairs = advance(params_and_optimizer(info, options, tuner, torch.complex128, as_pairs=True), info, 4)
     assert (optimizer.scale > 0).all()
-    assert_close(([torch.view_as_real(p) for p in params], optimizer), pairs)
+    assert_same_weights_and_scale(([torch.view_as_real(p) for p in params], optimizer), pairs)
 
 
 @cases(lambda info: info.supports_sparse)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_sparse_gradients_are_the_same_as_dense_ones(info, options, tuner):
     def run(tuner, sparse=True):
-        return train(build(info, options, tuner), info, 6, leave_out=True, sparse=sparse)
+        return advance(params_and_optimizer(info, options, tuner), info, 6, leave_out=True, sparse=sparse)
 
     if options.get("weight_decay"):
         with pytest.raises(RuntimeError) as plain:
@@ -182,22 +182,22 @@ def test_sparse_gradients_are_the_same_as_dense_ones(info, options, tuner):
         with pytest.raises(RuntimeError, match=re.escape(str(plain.value))):
             run(tuner)
     else:
-        assert_close(run(tuner), run(tuner, sparse=False))
+        assert_same_weights_and_scale(run(tuner), run(tuner, sparse=False))
 
 
 @cases(lambda info: "cpu" in info.supports_fused_on)
 def test_fused_changes_nothing_but_heeds_found_inf_of_any_shape(info, options, tuner):
-    params, optimizer = both = build(info, {**options, "fused": True}, tuner)
+    params, optimizer = both = params_and_optimizer(info, {**options, "fused": True}, tuner)
     for t, shape in enumerate([(), (1,), (1, 1)] * 2):
         before = copy.deepcopy(params)
         optimizer.found_inf = torch.ones(shape)
-        train(both, info, 1)
+        advance(both, info, 1)
         assert_identical(params, before)
         assert optimizer.skipped_steps == t + 1
         optimizer.found_inf = torch.zeros(shape)
-        train(both, info, 1)
+        advance(both, info, 1)
         del optimizer.found_inf
-    assert_close(both, train(build(info, options, tuner), info, 6))
+    assert_same_weights_and_scale(both, advance(params_and_optimizer(info, options, tuner), info, 6))
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -212,17 +212,18 @@ def test_raises_what_the_plain_base_raises(info, tuner):
                 step()
     if "differentiable" in info.supported_impls:
         with pytest.raises(ValueError, match="differentiable must be False"):
-            build(info, {"differentiable": True}, tuner)
+            params_and_optimizer(info, {"differentiable": True}, tuner)
     if info.has_capturable_arg:
         for which in (None, tuner):
             with pytest.raises(AssertionError, match="If capturable=True"):
-                train(build(info, {"capturable": True}, which), info, 1)
+                advance(params_and_optimizer(info, {"capturable": True}, which), info, 1)
 
 
 def test_auto_with_the_weight_decay_of_adafactor():
     """The decay is in proportion to lr, the updates are not: at lr 1 it would shrink the weights for good."""
     info, options = INFOS["Adafactor"], {"weight_decay": 0.1, "lr": 0.01}
-    plain, auto = (sum(evaluate(*train(build(info, options, tuner), info, 100))) for tuner in (None, "auto"))
+    runs = [advance(params_and_optimizer(info, options, tuner), info, 100) for tuner in (None, "auto")]
+    plain, auto = (sum(evaluate(*run)) for run in runs)
     assert auto < 10 * plain
 
 
@@ -230,9 +231,9 @@ def test_rounding_decides_nothing():
     """The first update of Adafactor is as long as the weights, at which some rule could turn."""
     info, weights = INFOS["Adafactor"], []
     for i in range(40):
-        params, optimizer = build(info, {}, "per_group")
+        params, optimizer = params_and_optimizer(info, {}, "per_group")
         with torch.no_grad():
             torch._foreach_mul_(params, 1 + i * 2**-52)
-        train((params, optimizer), info, 3)
+        advance((params, optimizer), info, 3)
         weights.append(torch.cat([p.detach().flatten() for p in params]))
     torch.testing.assert_close(weights, weights[:1] * 40, rtol=1e-8, atol=1e-10)

@@ -1,6 +1,5 @@
 """The Triton kernel: compiled where there is a GPU, elsewhere through Triton's interpreter."""
 
-import itertools
 import os
 import re
 import subprocess
@@ -9,40 +8,17 @@ import sys
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs, see conftest.py
 triton = pytest.importorskip("triton", reason="there are no wheels of Triton for macOS and Windows")
-interpreter = pytest.importorskip(
-    "triton.runtime.interpreter", reason="there are no wheels of Triton for macOS and Windows"
-)
 
 # ruff: noqa: E402  # only now can they be imported
-import test_kernels
-from mechanic_pytorch import kernels, mechanize
+from kernel_problems import ADAM, DTYPES, HALF, RULES, TOLERANCE, assert_all_close, problem, scales, step_problem
+from kernel_problems import TRITON_DEVICE as DEVICE
+from mechanic_pytorch import mechanize
 from mechanic_pytorch.kernels import for_loop
 from mechanic_pytorch.kernels import triton as kernel
 from mechanic_pytorch.kernels.rule import Rule
-from test_kernels import DTYPES, TOLERANCE, assert_all_close, problem
 
-HALF = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK", 2**13)  # few of them, for the interpreter takes its time over each
-    monkeypatch.setattr(kernel, "CHUNK", 2**14)
-    monkeypatch.setitem(kernels.KERNELS, "triton", kernel)
-    convert = interpreter._convert_float
-
-    def convert_to_nearest(data, source, target, mode):
-        """Round as a GPU does: the interpreter (3.9) cuts bfloat16 off instead."""
-        if (source, target) != (kernel.tl.float32, kernel.tl.bfloat16):
-            return convert(data, source, target, mode)
-        return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_to_nearest)
-    yield
-    kernel._work.cache_clear()
-    kernel._constants.cache_clear()
+pytestmark = pytest.mark.usefixtures("triton_kernel")  # see conftest.py
 
 
 class Launches:
@@ -62,36 +38,6 @@ def launches(monkeypatch):
     for name, counter in counters.items():
         monkeypatch.setattr(kernel, name, counter)
     return lambda: {name: counter.count for name, counter in counters.items()}
-
-
-# What holds for every kernel.
-
-
-def contract():
-    """Yield tests of all kernels, with each of the arguments they are about."""
-    for test in (
-        test_kernels.test_measure_equals_the_reference,
-        test_kernels.test_move_equals_the_reference,
-        test_kernels.test_one_tensor_at_a_time_is_the_same,
-        test_kernels.test_move_is_the_formula_of_the_paper,
-        test_kernels.test_a_plain_step_is_that_of_the_base_scaled,
-        test_kernels.test_plain_sums_are_of_the_way_gone,
-        test_kernels.test_compensation_keeps_what_rounding_takes,
-        test_kernels.test_compensation_of_an_overwritten_weight_is_dropped,
-        test_kernels.test_a_weight_that_does_not_move_keeps_its_compensation_to_the_bit,
-    ):
-        parameters = dict(mark.args for mark in test.pytestmark)
-        for dtype, part in itertools.product(parameters.get("dtype", [None]), parameters.get("part", [None])):
-            yield pytest.param(test, dtype, part, id=f"{test.__name__.removeprefix('test_')}-{dtype}-{part}")
-
-
-@pytest.mark.parametrize(("test", "dtype", "part"), list(contract()))
-def test_contract(test, dtype, part, monkeypatch):
-    arguments = {"name": "triton", "dtype": dtype, "part": part, "device": DEVICE}
-    names = test.__code__.co_varnames[: test.__code__.co_argcount]
-    monkeypatch.setattr(test_kernels, "problem", lambda dtype, _: problem(dtype, DEVICE))
-    with torch.device(DEVICE):
-        test(**{name: arguments[name] for name in names})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,7 +64,7 @@ def test_measure_groups_gradients_of_other_dtypes(launches):
     assert launches()["_measure"] == 2
 
 
-def test_nothing_to_do(launches):
+def test_empty_tensors_need_no_launch(launches):
     empty = [torch.empty(0, 3, device=DEVICE), torch.empty(0, device=DEVICE)]
     assert kernel.measure(empty, empty, empty, empty).tolist() == [0.0] * 4
     kernel.move(empty, empty, empty, None, torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
@@ -126,45 +72,6 @@ def test_nothing_to_do(launches):
 
 
 # Base step and move in one launch.
-
-SGD = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
-SGD |= {"is_first_step": False, "lr": 0.3}
-ADAM = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False, "lr": 0.3}
-CASES = {  # torch's function, how many lists of states there are and could be, options
-    "sgd": (torch._fused_sgd_, 0, 1, SGD),
-    "sgd_decay": (torch._fused_sgd_, 0, 1, {**SGD, "weight_decay": 0.1, "maximize": True}),
-    "sgd_momentum": (torch._fused_sgd_, 1, 1, {**SGD, "momentum": 0.9, "dampening": 0.2, "maximize": True}),
-    "sgd_nesterov": (torch._fused_sgd_, 1, 1, {**SGD, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "sgd_tensor_lr": (torch._fused_sgd_, 0, 1, {**SGD, "lr": torch.tensor(0.3, device=DEVICE)}),
-    "adam": (torch._fused_adam_, 2, 3, {**ADAM, "weight_decay": 0.1}),
-    "adam_amsgrad": (torch._fused_adam_, 3, 3, {**ADAM, "amsgrad": True, "eps": 1e-3}),
-    "adamw": (torch._fused_adamw_, 2, 3, {**ADAM, "weight_decay": 0.1, "maximize": True}),
-    "adamw_amsgrad": (torch._fused_adamw_, 3, 3, {**ADAM, "amsgrad": True, "weight_decay": 0.1}),
-    "adamw_tensor_lr": (torch._fused_adamw_, 2, 3, {**ADAM, "lr": torch.tensor([0.3]), "weight_decay": 0.1}),
-}
-
-
-def step_problem(name, dtype, grad_scale=None, found_inf=None):
-    """Return a rule, parameters, gradients, deltas and compensations."""
-    torch.manual_seed(0)
-    function, present, possible, options = CASES[name]
-    templates = [torch.empty(n) for n in (7, 20_001, 0)]
-    templates += [torch.empty(()), torch.empty(17, 33).t()]
-    templates += [torch.empty(2, 3, 5, 4).to(memory_format=torch.channels_last)]
-
-    def random(dtype, size=1.0):
-        return [
-            torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=DEVICE).copy_(size * torch.randn(t.shape))
-            for t in templates
-        ]
-
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    compensations = random(torch.bfloat16, 2**-12) if dtype in HALF else None
-    states = [random(dtype)] * (present > 0) + [[t.abs() for t in random(dtype)] for _ in range(1, present)]
-    counts = [torch.tensor(float(3 + i), device=DEVICE) for i in range(len(templates))] if present > 1 else []
-    options = {**options, "grad_scale": grad_scale, "found_inf": found_inf}
-    rule = Rule(function, states, possible - present, counts, options)
-    return rule, random(dtype), random(dtype), random(wide), compensations
 
 
 def expected_step(rule, params, grads, deltas, compensations, *numbers):
@@ -177,14 +84,9 @@ def tensors_of(rule, params, grads, deltas, compensations):
     return [*params, *grads, *deltas, *(compensations or []), *(t for state in rule.states for t in state), *rule.steps]
 
 
-def scales(dtype, *numbers):
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return [torch.tensor(s, dtype=wide, device=DEVICE) for s in numbers or (0.2, 0.5)]
-
-
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RULES)
 def test_step_and_move_is_the_bases_step_and_move(name, dtype, scaled):
     scaler = {"grad_scale": torch.full((1,), 4.0), "found_inf": torch.zeros(())} if scaled else {}
     scaler = {key: value.to(DEVICE) for key, value in scaler.items()}
@@ -209,7 +111,7 @@ def test_step_and_move_is_the_bases_step_and_move(name, dtype, scaled):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("adam")])
+@pytest.mark.parametrize("name", [name for name in RULES if name.startswith("adam")])
 def test_step_and_move_in_less_than_32_bits(name, dtype):
     """A number at a rounding boundary may fall on either side.
 
@@ -291,7 +193,7 @@ def test_the_same_bits_every_time():
     assert all(map(torch.equal, *results))
 
 
-def test_can_step():
+def test_it_can_step_tensors_of_one_dtype_and_layout_alone():
     rule, params, grads, deltas, _ = step_problem("adamw", torch.bfloat16)
     assert kernel.can_step(params, grads, deltas, *rule.states)
     assert kernel.can_step([], [], [])
@@ -422,16 +324,16 @@ class Compiler:
         return lambda *args, **options: made.append(self.kernel.run(*args, grid=grid, warmup=True, **options).asm)
 
 triton.runtime.driver.set_active(Driver())
-import test_triton as t
-t.kernel._measure, t.kernel._step = map(Compiler, (t.kernel._measure, t.kernel._step))
+from kernel_problems import scales, step_problem
+from mechanic_pytorch.kernels import triton as kernel
+kernel._measure, kernel._step = map(Compiler, (kernel._measure, kernel._step))
 made = []
 for name, dtype in [("sgd", torch.bfloat16), ("sgd_nesterov", torch.float64), ("adamw_amsgrad", torch.float32)]:
-    rule, params, grads, kept, compensations = t.step_problem(name, dtype, torch.ones(()), torch.ones(()))
+    rule, params, grads, kept, compensations = step_problem(name, dtype, torch.ones(()), torch.ones(()))
     for numbers in [(0.2, 0.5), (0.5, 0.5, 0.1)]:
-        scales = t.scales(dtype, *numbers)
-        t.kernel.measure(params, grads, kept, params, compensations, len(numbers) == 3)
-        t.kernel.move(params, grads, kept, compensations, *scales)
-        t.kernel.step_and_move(rule, params, grads, kept, compensations, *scales)
+        kernel.measure(params, grads, kept, params, compensations, len(numbers) == 3)
+        kernel.move(params, grads, kept, compensations, *scales(dtype, *numbers))
+        kernel.step_and_move(rule, params, grads, kept, compensations, *scales(dtype, *numbers))
 assert len(made) == 18
 for i, asm in enumerate(made):
     assert "ld.global.v" in asm["ptx"] and "st.global.v" in asm["ptx"], "whole blocks move 16 bytes at a time"
@@ -444,7 +346,7 @@ for i, asm in enumerate(made):
 def test_it_compiles_without_a_gpu(capability, tmp_path):
     """The interpreter accepts more than the compiler does. What it needs of a GPU is little: see `BLOCK`."""
     here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.path.join(here, os.pardir, "benchmarks"), *sys.path])
+    path = os.pathsep.join([here, *sys.path])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", COMPILE, str(capability), str(tmp_path)], env=environment, check=True)
     cuobjdump = triton.knobs.nvidia.cuobjdump.path

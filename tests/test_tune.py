@@ -23,7 +23,7 @@ def dots(h, delta_x=0.0, g_squared=1.0, x_squared=1.0):
     return torch.tensor([h, delta_x, g_squared, x_squared], dtype=torch.float64)
 
 
-def run(config, hs):
+def states_after(config, hs):
     states = [fresh(config)]
     for h in hs:
         states.append(tune(states[-1], dots(h), config.tune_params))
@@ -32,15 +32,15 @@ def run(config, hs):
 
 @given(products)
 def test_scale_reward_and_maximum_are_never_negative(hs):
-    for state in run(Config(), hs):
+    for state in states_after(Config(), hs):
         assert all((vector >= 0).all() for vector in state)
 
 
 @given(products, st.permutations(range(6)))
-def test_betas_permute(hs, order):
+def test_the_order_of_betas_does_not_matter(hs, order):
     config = Config()
     permuted = Config(betas=tuple(config.betas[i] for i in order))
-    for a, b in zip(run(config, hs), run(permuted, hs), strict=True):
+    for a, b in zip(states_after(config, hs), states_after(permuted, hs), strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x[list(order)], y, rtol=1e-12, atol=0)
 
@@ -49,7 +49,7 @@ def test_betas_permute(hs, order):
 def test_the_unit_of_the_objective_does_not_matter(hs, exponent):
     """Multiplying every h by a power of two, exact in floating point, leaves s as it is when eps is 0."""
     config = Config(eps=0.0)
-    for a, b in zip(run(config, hs), run(config, [math.ldexp(h, exponent) for h in hs]), strict=True):
+    for a, b in zip(states_after(config, hs), states_after(config, [math.ldexp(h, exponent) for h in hs]), strict=True):
         assert torch.equal(a.scales, b.scales)
 
 
@@ -57,14 +57,14 @@ def test_the_unit_of_the_objective_does_not_matter(hs, exponent):
 def test_a_smaller_loss_weight_gives_no_smaller_scale(hs, loss_weight):
     params = Config().tune_params
     lenient = params._replace(loss_weight=loss_weight)
-    for state, h in zip(run(Config(), hs), hs, strict=False):
+    for state, h in zip(states_after(Config(), hs), hs, strict=False):
         assert (tune(state, dots(h), lenient).scales >= tune(state, dots(h), params).scales).all()
 
 
 @given(products)
-def test_the_argument_is_not_changed(hs):
+def test_tune_does_not_change_its_argument(hs):
     config = Config()
-    state = run(config, hs)[-1]
+    state = states_after(config, hs)[-1]
     copies = [vector.clone() for vector in state]
     tune(state, dots(1.0), config.tune_params)
     assert all(torch.equal(a, b) for a, b in zip(state, copies, strict=True))
@@ -93,7 +93,7 @@ def test_zero_parameters_take_no_decay():
 
 
 @pytest.mark.parametrize("s_decay", [0.0, 0.01, 1.0])
-def test_equals_the_oracle(s_decay):
+def test_tune_equals_the_oracle_on_one_weight(s_decay):
     """The oracle on one weight: its own h is handed to `tune` through the four sums."""
     rng = np.random.default_rng(0)
     config = Config(s_decay=s_decay, s_init=1e-3)

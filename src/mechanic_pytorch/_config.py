@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ class Config:
     @property
     def tune_params(self) -> TuneParams:
         """What `tune` needs of these options, for Algorithm 1 as published."""
-        return TuneParams(self.betas, self.s_decay, self.s_init, self.eps, 1.0)  # type: ignore[arg-type]  # a number
+        return TuneParams(self.betas, self.s_decay, cast(float, self.s_init), self.eps, loss_weight=1.0)
 
     def shared(self) -> dict[str, object]:
         """Return the options in which all processes of a sharded run must agree."""

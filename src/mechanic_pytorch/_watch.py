@@ -147,7 +147,8 @@ class Watch:
         if self._logged_step % self._config.log_every == 0:
             scales = tuner.scale.tolist()
             data = {"iter_count": self._logged_step, "s": scales if self._config.per_group else scales[0]}
-            (self._config.log_func or _log)(data)
+            log = _log if self._config.log_func is None else self._config.log_func
+            log(data)
 
     def _check_shapes(self, work: Work) -> None:
         """Say, once, that a parameter was exchanged for one of another shape: points were added, or pruned."""

@@ -14,11 +14,11 @@ s have n entries and start at 0. One step:
     x     = x_ref + sum(s) * delta
 
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
-both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, at the end of this file. x_ref is
-never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their weights
-between steps. With s_init="auto" a step is x = x + sum(s) * u instead, and what is bet on is the way that the weights
-have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file `docs/deviations.md` lists where this
-differs from other implementations, and why.
+both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, with which this file begins.
+x_ref is never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their
+weights between steps. With s_init="auto" a step is x = x + sum(s) * u instead, and what is bet on is the way that the
+weights have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file `docs/deviations.md` lists
+where this differs from other implementations, and why.
 """
 
 from __future__ import annotations
@@ -45,6 +45,41 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["Mechanic", "is_mechanized", "mechanize"]
+
+
+def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
+    """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
+
+    Args:
+        state: the vectors m, v, r, s, shape (G, n): a row for each of G tuners.
+        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (G, 4), before the base's step.
+        params: betas, s_decay, s_init, eps, loss_weight.
+
+    Returns:
+        The next state, in the dtype and on the device of the old one, which is not changed.
+
+    Example:
+        >>> import torch
+        >>> params = Config(betas=(0.9, 0.99)).tune_params
+        >>> state = tune(TunerState(*torch.zeros(4, 1, 2)), torch.tensor([[-3.0, 0.0, 1.0, 1.0]]), params)
+        >>> state.max_product.tolist(), f"{state.scales.sum():.0e}"
+        ([[3.0, 3.0]], '1e-08')
+
+    Source: arXiv 2306.00144, Algorithm 1.
+    """
+    m, v, r, s = state
+    delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (G, 1), as h
+    beta = torch.stack([s.new_full((), beta) for beta in params.betas])  # filled there: copying would block a GPU
+    x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
+
+    h = delta_g + params.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
+    m = torch.maximum(beta * m, h.abs())
+    v = beta.square() * v + h.square()
+    reward = -s * h
+    r = (beta * r + torch.maximum(reward, params.loss_weight * reward)).clamp_min(0.0)
+    wealth = params.s_init / len(params.betas) * m + r
+    s = (wealth / (v.sqrt() + params.eps)).masked_fill(wealth == 0, 0.0)
+    return TunerState(m, v, r, s)
 
 
 def mechanize(
@@ -397,38 +432,3 @@ class Mechanic(Optimizer):
         """Restore from a pickle or a checkpoint, without showing the base what it has not written."""
         with hidden_state(state["state"]):
             super().__setstate__(state)
-
-
-def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
-    """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
-
-    Args:
-        state: the vectors m, v, r, s, shape (G, n): a row for each of G tuners.
-        dots: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, shape (G, 4), before the base's step.
-        params: betas, s_decay, s_init, eps, loss_weight.
-
-    Returns:
-        The next state, in the dtype and on the device of the old one, which is not changed.
-
-    Example:
-        >>> import torch
-        >>> params = Config(betas=(0.9, 0.99)).tune_params
-        >>> state = tune(TunerState(*torch.zeros(4, 1, 2)), torch.tensor([[-3.0, 0.0, 1.0, 1.0]]), params)
-        >>> state.max_product.tolist(), f"{state.scales.sum():.0e}"
-        ([[3.0, 3.0]], '1e-08')
-
-    Source: arXiv 2306.00144, Algorithm 1.
-    """
-    m, v, r, s = state
-    delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (G, 1), as h
-    beta = torch.stack([s.new_full((), beta) for beta in params.betas])  # filled there: copying would block a GPU
-    x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
-
-    h = delta_g + params.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
-    m = torch.maximum(beta * m, h.abs())
-    v = beta.square() * v + h.square()
-    reward = -s * h
-    r = (beta * r + torch.maximum(reward, params.loss_weight * reward)).clamp_min(0.0)
-    wealth = params.s_init / len(params.betas) * m + r
-    s = (wealth / (v.sqrt() + params.eps)).masked_fill(wealth == 0, 0.0)
-    return TunerState(m, v, r, s)

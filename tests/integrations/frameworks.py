@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import layouts
 from mechanic_pytorch import mechanize
+from mechanic_pytorch.telemetry import read_out
 
 EPOCHS, EPOCH_STEPS, STEPS, SHARE = 3, 4, 12, 4  # two processes take four samples each
 OPTIONS = {"s_decay": 0.1, "s_init": 1e-4}
@@ -49,7 +50,7 @@ def decay(step):
 
 def outcome(model, optimizer):
     weights = {name.replace("_fsdp_wrapped_module.", ""): layouts.whole(p) for name, p in model.named_parameters()}
-    steps = optimizer.param_groups[0]["mechanic_steps"].item()
+    steps = read_out(optimizer).steps
     return {"weights": weights, "scale": optimizer.scale.clone(), "steps": steps}
 
 

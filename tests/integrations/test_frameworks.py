@@ -37,7 +37,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("framework", "run"), RUNS)
-def test_equals_one_process(outcomes, framework, run):
+def test_a_framework_on_two_processes_equals_one_process(outcomes, framework, run):
     results = outcomes(framework, run, 0)
     in_float32 = framework == "deepspeed" or run == "lightning_fsdp1"  # Lightning casts to it, DeepSpeed has no other
     rtol = 2**-6 if run.endswith("bf16") else 1e-5 if in_float32 else 1e-9

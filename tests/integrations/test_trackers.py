@@ -108,7 +108,7 @@ def quiet_and_alone(monkeypatch, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run(kind, directory, first, last, saved=None):
+def train_and_log(kind, directory, first, last, saved=None):
     """Train and log from one step to another; return what was logged, and a checkpoint."""
     directory.mkdir()
     tracker = kind(directory)
@@ -137,9 +137,9 @@ def run(kind, directory, first, last, saved=None):
     ids=["tensorboard", "wandb", "accelerate"],
 )
 def test_the_numbers_arrive_and_go_on_after_a_resume(kind, readers, tmp_path):
-    whole, _ = run(kind, tmp_path / "whole", 0, STEPS)
-    first, saved = run(kind, tmp_path / "first", 0, HALF)
-    rest, _ = run(kind, tmp_path / "rest", HALF, STEPS, saved)
+    whole, _ = train_and_log(kind, tmp_path / "whole", 0, STEPS)
+    first, saved = train_and_log(kind, tmp_path / "first", 0, HALF)
+    rest, _ = train_and_log(kind, tmp_path / "rest", HALF, STEPS, saved)
     assert {**first, **rest} == whole
     assert all(row.keys() == {"loss", *NAMES} for row in whole.values())
     assert whole[STEPS - 1]["mechanic/scale"] > 1e-3

@@ -1,0 +1,58 @@
+"""What many tests compare and count with."""
+
+from enum import Enum
+
+import torch
+
+
+def leaves(value, path="root"):
+    """Yield path and content of everything in a nested state, quantized tensors and objects opened, types included."""
+    yield path, type(value)
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        yield f"{path} context", context
+        parts = {name: getattr(value, name) for name in names}
+    elif isinstance(value, torch.Tensor):
+        yield f"{path} dtype", value.dtype
+        parts = {}
+        yield path, value
+    elif isinstance(value, dict):
+        parts = value
+    elif isinstance(value, list | tuple):
+        parts = dict(enumerate(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | Enum):
+        parts = vars(value)
+    else:
+        parts = {}
+        yield path, value
+    for key in sorted(parts, key=str):
+        yield from leaves(parts[key], f"{path}.{key}")
+
+
+def assert_identical(actual, expected):
+    """Compare nested state bit for bit, types and dtypes included."""
+    for (where, a), (expected_where, e) in zip(leaves(actual), leaves(expected), strict=True):
+        assert where == expected_where
+        assert torch.equal(a, e) if isinstance(e, torch.Tensor) else a == e, where
+
+
+def count_a_skipped_step(state_dict):
+    """Count one more step and one more skip in a checkpoint: all that a step with a bad gradient may change."""
+    for key in ("mechanic_steps", "mechanic_skipped_steps"):
+        state_dict["param_groups"][0][key] += 1
+
+
+class Graphs:
+    """A backend that runs each graph as it is, and counts."""
+
+    def __init__(self):
+        self.compiled = self.runs = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*arguments):
+            self.runs += 1
+            return graph(*arguments)
+
+        return run
