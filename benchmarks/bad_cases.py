@@ -15,28 +15,26 @@ three seeds of weights and batches, with the smallest and the largest.
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytorch_optimizer as po
 import torch
-from benchmarks.pages import markdown_table, print_or_fill
 from rich.progress import track
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.convergence.methods import finite
+from benchmarks.convergence.plan import tuned
+from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
+from benchmarks.shared import cosine, digits, network
 from mechanic_pytorch import is_mechanized, mechanize
 
 SEEDS = range(3)
 DECAYS = (0.0, 0.01, 0.1, 1.0)
-GRID = [10 ** (k / 2) for k in range(-7, 2)]
 OURS: dict[str, dict[str, Any]] = {
     "defaults": {},
     '`s_init="auto"`': {"s_init": "auto"},
@@ -48,15 +46,13 @@ Make = Callable[[Any], Any]
 
 
 def train(
-    model: nn.Module, data: tuple[Tensor, Tensor], loss: Any, make: Make, steps: int, batch: int, cosine: bool
+    model: nn.Module, data: tuple[Tensor, Tensor], loss: Any, make: Make, steps: int, batch: int, falls: bool
 ) -> Run:
     """Train once; return the loss over all the data and the learning rate, learned or given."""
     x, y = data
     optimizer = make(model.parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        inner, lambda t: (1 + math.cos(math.pi * t / steps)) / 2 if cosine else 1.0
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: cosine(t / steps) if falls else 1.0)
     getattr(optimizer, "train", lambda: None)()
     for _ in range(steps):
         chosen = torch.randint(len(x), (batch,))
@@ -76,16 +72,13 @@ def regression(make: Make, seed: int) -> Run:
     x, plane = torch.randn(256, 10), torch.randn(10, 1)
     data = x, x @ plane + 0.1 * torch.randn(256, 1)
     torch.manual_seed(seed)
-    return train(nn.Linear(10, 1), data, F.mse_loss, make, steps=2000, batch=32, cosine=True)
+    return train(nn.Linear(10, 1), data, F.mse_loss, make, steps=2000, batch=32, falls=True)
 
 
-def digits(make: Make, seed: int) -> Run:
+def reading(make: Make, seed: int) -> Run:
     """Read handwritten digits."""
-    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    data = (images / 16).float(), labels
-    return train(model, data, F.cross_entropy, make, steps=1000, batch=64, cosine=False)
+    return train(network(), digits(), F.cross_entropy, make, steps=1000, batch=64, falls=False)
 
 
 def over_seeds(problem: Callable[[Make, int], Run], make: Make) -> list[Run]:
@@ -93,13 +86,15 @@ def over_seeds(problem: Callable[[Make, int], Run], make: Make) -> list[Run]:
     return [problem(make, seed) for seed in SEEDS]
 
 
-def tuned(problem: Callable[[Make, int], Run], make: Callable[[Any, float], Any]) -> list[Run]:
-    """Return the runs at the learning rate of the grid whose median loss is least."""
+def best(problem: Callable[[Make, int], Run], make: Callable[[Any, float], Any]) -> list[Run]:
+    """Return the runs at the learning rate whose median loss is least."""
 
-    def loss(runs: list[Run]) -> float:
-        return median(run[0] if math.isfinite(run[0]) else math.inf for run in runs)
+    def at(lr: float) -> tuple[float, list[Run]]:
+        runs = over_seeds(problem, lambda params: make(params, lr))
+        return median(finite(run[0]) for run in runs), runs
 
-    return min((over_seeds(problem, lambda params, lr=lr: make(params, lr)) for lr in GRID), key=loss)
+    (_, runs), _ = tuned(at, centre=-3, reach=4)
+    return runs
 
 
 def row(*names: str, runs: list[Run]) -> list[str]:
@@ -111,14 +106,12 @@ def row(*names: str, runs: list[Run]) -> list[str]:
 
 def main() -> None:
     """Print both tables, or write them into a page."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
-    page = arguments.parse_args().fill
+    page = arguments(__doc__).parse_args().fill
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     adamw, rows = torch.optim.AdamW, []
     for decay in track(DECAYS, "weight decay"):
-        runs = tuned(regression, lambda params, lr, decay=decay: adamw(params, lr=lr, weight_decay=decay))
+        runs = best(regression, lambda params, lr, decay=decay: adamw(params, lr=lr, weight_decay=decay))
         rows.append(row(f"{decay:g}", "plain, tuned", runs=runs))
         for name, options in OURS.items():
             base = mechanize(adamw, **options)
@@ -134,14 +127,10 @@ def main() -> None:
             auto(p, lr=1.0, betas=(0.0, 0.999))
         ),
     }
-    rows = [row("plain, tuned", runs=tuned(digits, lambda params, lr: free(params, lr=lr)))]
-    rows += [row(name, runs=over_seeds(digits, make)) for name, make in track(cases.items(), "schedule-free")]
+    rows = [row("plain, tuned", runs=best(reading, lambda params, lr: free(params, lr=lr)))]
+    rows += [row(name, runs=over_seeds(reading, make)) for name, make in track(cases.items(), "schedule-free")]
     made["schedule free"] = markdown_table(["ScheduleFreeAdamW", "final loss in `eval()`", "learned lr"], rows)
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread"
-    made["origin"] = (
-        "<sub>`python -m benchmarks.bad_cases --fill docs/convergence.md`, medians of three seeds with the smallest "
-        f"and the largest; {versions}.</sub>"
-    )
+    made["origin"] = origin("medians of three seeds with the smallest and the largest")
     print_or_fill(page, "bad cases", made)
 
 

@@ -8,19 +8,17 @@ Markdown table, or writes it between the marks `<!-- cartpole: table -->` and `<
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import gymnasium
 import torch
-from benchmarks.pages import markdown_table, print_or_fill, setting
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
 from mechanic_pytorch import mechanize
 
 SEEDS = range(5)
@@ -51,9 +49,7 @@ def episode_return(optimizer: Any, lr: float, seed: int) -> float:
 
 def main() -> None:
     """Print the table, or write it into a page."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the table between the marks of this page")
-    options = arguments.parse_args()
+    page = arguments(__doc__).parse_args().fill
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = []
@@ -62,8 +58,7 @@ def main() -> None:
         rows.append([name, f"{fmean(returns):.0f}", ", ".join(f"{value:.0f}" for value in returns)])
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     table = markdown_table(["optimizer", "mean return", f"seeds 0 to {SEEDS[-1]}"], rows)
-    origin = f"<sub>`python -m benchmarks.cartpole --fill docs/safety.md`; {setting()}</sub>"
-    print_or_fill(options.fill, "cartpole", {"table": f"{table}\n\n{origin}"})
+    print_or_fill(page, "cartpole", {"table": f"{table}\n\n{origin(f'{len(SEEDS)} seeds')}"})
 
 
 if __name__ == "__main__":

@@ -1,48 +1,47 @@
 """May Mechanic's sum of updates, the float32 "delta", be kept in fewer bits? What training loses when it is rounded.
 
-    MECHANIC_DATA=data python benchmarks/delta_precision.py
+    MECHANIC_DATA=data python -m benchmarks.delta_precision --fill docs/design-notes.md
 
 After every step each `optimizer.state[p]["mechanic_delta"]` is rounded in place to what the storage could hold; the
 package is unchanged. All storages of a seed start from the same weights, see the same batches, and are compared seed by
 seed. Training amplifies any difference: "float32 and noise" changes delta by one part in a million per step, and what
 is no larger than its changes means nothing. Default options, base lr 1.0, data: scikit-learn's digits (64-128-10
-network), and tiny Shakespeare, from `$MECHANIC_DATA/tinyshakespeare/input.txt` or downloaded (transformer on
-characters, 2 layers, width 64). The last table sums random updates, far more of them, and trains nothing. Needs torchao
-for the code book, and about a quarter of an hour on one core.
+network), and tiny Shakespeare (transformer on characters, 2 layers, width 64). The last table sums random updates, far
+more of them, and trains nothing. Needs torchao for the code book, and about a quarter of an hour on one core.
+
+Prints a table for each task, that of sums and a summary, or writes the summary between the marks
+`<!-- delta precision: summary -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
-import platform
-import time
 from functools import partial
-from pathlib import Path
+from itertools import product
 from statistics import geometric_mean, mean, stdev
 from typing import Any
 
-import pooch
 import torch
 from rich.progress import track
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from benchmarks.convergence import data
+from benchmarks.convergence.tasks import CONTEXT, Transformer
+from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
+from benchmarks.shared import cosine, digits, network
 from mechanic_pytorch import mechanize
 
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BASES = {"AdamW": mechanize(torch.optim.AdamW), "SGD": partial(mechanize(torch.optim.SGD), momentum=0.9)}
 TASKS = [  # data, base, schedule, steps, batch, seeds; 21 steps are an epoch of the digits
     *[("digits", base, schedule, 630, 64, 8) for base in BASES for schedule in ("constant", "cosine")],
     ("digits", "AdamW", "constant", 6300, 64, 3),
     ("Shakespeare", "AdamW", "cosine", 400, 16, 5),
 ]
-BLOCK, CONTEXT, WIDTH, LENGTHS, STREAM = 256, 64, 64, (1_000, 10_000, 100_000), 1024
+TEXT = TASKS[-1]
+SHORT = [task for task in TASKS if task[0] == "digits" and task[3] == 630]
+BLOCK, LENGTHS, STREAM = 256, (1_000, 10_000, 100_000), 1024
 
 
 def bfloat16(x: Tensor, generator: torch.Generator, stochastic: bool) -> Tensor:
@@ -78,45 +77,32 @@ STORAGES: dict[str, Any] = {
 }
 
 
-class Transformer(nn.Module):
-    """A small model of the next of 65 characters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(65, WIDTH), nn.Parameter(0.02 * torch.randn(CONTEXT, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, 65)
-
-    def forward(self, text: Tensor) -> Tensor:
-        """Return logits, shape (batch, characters, time)."""
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
-        return self.head(self.layers(self.token(text) + self.position, mask, is_causal=True)).transpose(1, 2)
+def transformer() -> Transformer:
+    """Return a small model of the next character, without a norm before its last layer."""
+    model = Transformer()
+    model.head = model.head[1]
+    return model
 
 
 def load(name: str) -> list[Tensor]:
     """Return inputs to train and to test on, and the targets of both."""
     if name == "digits":
-        images, labels = load_digits(return_X_y=True)
-        parts = train_test_split(images.astype("float32") / 16, labels, test_size=0.25, stratify=labels, random_state=0)
+        images, labels = (part.numpy() for part in digits())
+        parts = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
         return [torch.from_numpy(part) for part in parts]
-    folder = Path(os.environ.get("MECHANIC_DATA") or pooch.os_cache("mechanic-pytorch"), "tinyshakespeare")
-    text = Path(pooch.retrieve(URL, SHA256, "input.txt", folder, progressbar=True)).read_text(encoding="utf-8")
-    characters = sorted(set(text))
-    data = torch.tensor([characters.index(c) for c in text])
-    x, y = (part[: len(part) // CONTEXT * CONTEXT].view(-1, CONTEXT) for part in (data[:-1], data[1:]))
-    cut = len(x) * 9 // 10
-    return [x[:cut], x[cut::7], y[:cut], y[cut::7]]
+    x, y, x_test, y_test = data.shakespeare(CONTEXT)
+    return [x, x_test[::7], y, y_test[::7]]
 
 
-def train(task: tuple[str, str, str, int, int, int], storage: str, seed: int, data: list[Tensor]) -> list[float]:
+def train(task: tuple[str, str, str, int, int, int], storage: str, seed: int, parts: list[Tensor]) -> list[float]:
     """Train once; return test accuracy in percent, test loss, learned scale, relative error of delta."""
     name, base, schedule, steps, batch, _ = task
-    x, x_test, y, y_test = data
+    x, x_test, y, y_test = parts
     torch.manual_seed(seed)
-    model = Transformer() if name == "Shakespeare" else nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = transformer() if name == "Shakespeare" else network(128)
     batches, chance = (torch.Generator().manual_seed(seed + offset) for offset in (0, 1000))
     optimizer = BASES[base](model.parameters(), lr=1.0)
-    factor = {"constant": lambda t: 1.0, "cosine": lambda t: (1 + math.cos(math.pi * t / steps)) / 2}[schedule]
+    factor = {"constant": lambda t: 1.0, "cosine": lambda t: cosine(t / steps)}[schedule]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     errors = {p: torch.zeros_like(p, requires_grad=False) for p in model.parameters()}
 
@@ -144,20 +130,55 @@ def train(task: tuple[str, str, str, int, int, int], storage: str, seed: int, da
     return [float(value) for value in (accuracy, loss, optimizer.scale, error.norm() / (delta - error).norm())]
 
 
-def row(runs: list[list[float]], exact: list[list[float]]) -> list[str]:
+Runs = list[list[float]]  # of one storage, a seed each
+
+
+def change(runs: Runs, exact: Runs, i: int, digits: int) -> str:
+    """Return the mean difference from the same seeds in float32, with its standard error."""
+    changes = [r[i] - e[i] for r, e in zip(runs, exact, strict=True)]
+    return f"{mean(changes):+.{digits}f} ± {stdev(changes) / len(runs) ** 0.5:.{digits}f}"
+
+
+def scales(runs: Runs, exact: Runs) -> list[float]:
+    """Return the learned scales, relative to those of the same seeds in float32."""
+    return [r[2] / e[2] for r, e in zip(runs, exact, strict=True)]
+
+
+def row(runs: Runs, exact: Runs) -> list[str]:
     """Return what the runs came to, beside the same seeds in float32."""
-    cells, n = [], len(runs)
+    cells, ratios = [], scales(runs, exact)
     for i, digit in ((0, 2), (1, 4)):
-        values, changes = [r[i] for r in runs], [r[i] - e[i] for r, e in zip(runs, exact, strict=True)]
-        for of, form, spread in ((values, "", stdev(values)), (changes, "+", stdev(changes) / n**0.5)):
-            cells.append(f"{mean(of):{form}.{digit}f} ± {spread:.{digit}f}")
-        cells.append(f"{max(changes, key=abs):+.{digit}f}")
-    ratios = [r[2] / e[2] for r, e in zip(runs, exact, strict=True)]
+        values = [r[i] for r in runs]
+        largest = max((r[i] - e[i] for r, e in zip(runs, exact, strict=True)), key=abs)
+        cells += [f"{mean(values):.{digit}f} ± {stdev(values):.{digit}f}", change(runs, exact, i, digit)]
+        cells += [f"{largest:+.{digit}f}"]
     cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return [*cells, f"{mean(r[3] for r in runs):.4f}"]
 
 
-def sums(storage: str) -> list[str]:
+def summary(results: dict[tuple[Any, ...], dict[str, Runs]], long: dict[str, list[float]]) -> str:
+    """Return a row for each storage: loss on text, scales on the digits, errors of sums without drift."""
+    rows, text = [], results[TEXT]
+    for storage, errors in long.items():
+        ratios = [ratio for task in SHORT for ratio in scales(results[task][storage], results[task]["float32"])]
+        exact = storage == "float32"
+        rows.append(
+            [
+                storage,
+                f"{mean(r[1] for r in text[storage]):.3f}" if exact else change(text[storage], text["float32"], 1, 3),
+                "1.00" if exact else f"{min(ratios):.2f} to {max(ratios):.2f}",
+                " / ".join(f"{error:.2g}" for error in errors[len(LENGTHS) :]),
+            ]
+        )
+    after = " / ".join(f"{length:.0e}" for length in LENGTHS)
+    head = [
+        "Δ stored in", "loss, tiny Shakespeare, against float32", "learned scale, single runs",
+        f"error of a random sum after {after} steps",
+    ]  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def sums(storage: str) -> list[float]:
     """Sum random updates of deviation 1, with and without a mean of each weight's own; return the relative errors."""
     generator, chance = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     drift = torch.tensor([[0.1], [0.0]]) * torch.randn(2, STREAM, generator=generator)
@@ -168,37 +189,34 @@ def sums(storage: str) -> list[str]:
         kept = STORAGES[storage](kept + update, chance)
         if step in LENGTHS:
             errors.append((kept - exact).norm(dim=1) / exact.norm(dim=1))
-    return [f"{error:.4f}" for error in torch.stack(errors, 1).flatten().tolist()]
-
-
-def show(title: str, names: list[str], rows: dict[str, list[str]]) -> None:
-    """Print a Markdown table."""
-    print(f"\n### {title}\n\n| storage | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+    return torch.stack(errors, 1).flatten().tolist()
 
 
 def main() -> None:
-    """Run everything and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print the tables, or write the summary into a page."""
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, help="at least 2, for every task; default: 8, 3 or 5")
-    seeds = parser.parse_args().seeds
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    data = {name: load(name) for name in ("digits", "Shakespeare")}
-    results: dict[tuple[Any, ...], dict[str, Any]] = {task: {storage: [] for storage in STORAGES} for task in TASKS}
-    jobs = [(task, storage, seed) for task in TASKS for seed in range(seeds or task[-1]) for storage in STORAGES]
-    for task, storage, seed in track(jobs, transient=True):
-        results[task][storage].append(train(task, storage, seed, data[task[0]]))
+    parts = {name: load(name) for name in ("digits", "Shakespeare")}
+    results: dict[tuple[Any, ...], dict[str, Runs]] = {task: {storage: [] for storage in STORAGES} for task in TASKS}
+    jobs = [(task, seed) for task in TASKS for seed in range(options.seeds or task[-1])]
+    for (task, seed), storage in track([*product(jobs, STORAGES)], transient=True):
+        results[task][storage].append(train(task, storage, seed, parts[task[0]]))
     long = {storage: sums(storage) for storage in track(STORAGES, "Sums", transient=True)}
 
+    made = {"about": "On test data. ±: deviation of results, standard error of changes; largest: of either sign."}
     names = ["accuracy, %", "change", "largest", "loss", "change", "largest", "scale / float32", "error of delta"]
     for (name, base, schedule, steps, batch, _), runs in results.items():
         title = f"{name}, {base}, {schedule}, {steps} steps of {batch}, {len(runs['float32'])} seeds"
-        show(title, names, {storage: row(of, runs["float32"]) for storage, of in runs.items()})
+        rows = [[storage, *row(of, runs["float32"])] for storage, of in runs.items()]
+        made[title] = f"### {title}\n\n{markdown_table(['storage', *names], rows)}"
     names = [f"{kind}, {length:,} steps" for kind in ("drift", "no drift") for length in LENGTHS]
-    show(f"|error| / |sum| of random updates, {STREAM} weights", names, long)
-    print("\nOn test data. ±: deviation of results, standard error of changes; largest: of either sign.")
-    print(f"{time.process_time():.0f} CPU seconds, one thread, torch {torch.__version__}, {platform.machine()} CPU")
+    rows = [[storage, *(f"{error:.4f}" for error in errors)] for storage, errors in long.items()]
+    made["sums"] = f"### |error| / |sum| of random updates\n\n{markdown_table(['storage', *names], rows)}"
+    small = origin("loss ± standard error, learned scale from smallest to largest")
+    made["summary"] = f"{summary(results, long)}\n\n{small}"
+    print_or_fill(options.fill, "delta precision", made)
 
 
 if __name__ == "__main__":

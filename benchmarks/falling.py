@@ -9,15 +9,13 @@ copy of the former without its lines of `ours-auto`. Tasks that only one of them
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 from benchmarks.convergence.compare import TaskResults, geometric
-from benchmarks.convergence.fill import relative
 from benchmarks.convergence.methods import TEACHER
-from benchmarks.convergence.tasks import TASKS
-from benchmarks.pages import markdown_table, print_or_fill
+from benchmarks.convergence.results import Results
+from benchmarks.convergence.tables import compose, relative
+from benchmarks.pages import arguments, markdown_table, print_or_fill
 
 RESULTS = Path(__file__).parent / "convergence" / "results.jsonl"
 PRESENT = RESULTS.with_name("plain-steps.jsonl")
@@ -25,27 +23,21 @@ PRESENT = RESULTS.with_name("plain-steps.jsonl")
 
 def main() -> None:
     """Print the table, or write it into a page."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the table between the marks of this page")
-    options = arguments.parse_args()
-    before, present = ([json.loads(line) for line in path.read_text().splitlines()] for path in (RESULTS, PRESENT))
+    page = arguments(__doc__).parse_args().fill
+    before, present = (Results(path).lines() for path in (RESULTS, PRESENT))
+    then_by_task = {each.task.name: each for each in compose(before, "full")}
     rows, ratios = [], []
-    for name, task in TASKS.items():
-        old = [line for line in before if line["task"] == name and "error" not in line]
-        new = [line for line in present if line["task"] == name and "error" not in line]
-        if not new:
-            continue
-        seeds = {line["seed"] for line in new}
-        old = [line for line in old if line["seed"] in seeds]
+    for task, new in ((each.task, each.lines[TEACHER]) for each in compose(present, "full")):
+        old = [x for by_seed in then_by_task[task.name].lines.values() for seed, x in by_seed.items() if seed in new]
         then = TaskResults(task, old)
-        now = TaskResults(task, [line for line in old if line["method"] != TEACHER] + new)
+        now = TaskResults(task, [line for line in old if line["method"] != TEACHER] + [*new.values()])
         ratios.append((then.ratio(TEACHER), now.ratio(TEACHER)))
         rates = (then.tuned_lr, then.rate(TEACHER), now.rate(TEACHER))
-        rows.append([name, str(len(seeds)), *(f"{rate:.2g}" for rate in rates), *map(relative, ratios[-1])])
+        rows.append([task.name, str(len(new)), *(f"{rate:.2g}" for rate in rates), *map(relative, ratios[-1])])
     means = [relative(geometric(column)) for column in zip(*ratios, strict=True)]
     rows.append(["geometric mean", "", "", "", "", *means])
     head = ["task", "seeds", "tuned lr", "learned before", "learned now", "loss / tuned before", "now"]
-    print_or_fill(options.fill, "falling", {"table": markdown_table(head, rows)})
+    print_or_fill(page, "falling", {"table": markdown_table(head, rows)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pictures of `docs/how-it-works.md`: what the tuner does in one run, step by step.
 
-    python benchmarks/pictures.py
+    python -m benchmarks.pictures --fill docs/how-it-works.md
 
 scikit-learn's handwritten digits, a 64-32-10 network, AdamW, batches of 64, 600 steps, cosine after a warm-up of a
 twentieth, one seed. The tuned learning rate is the one of half decades whose final loss is least.
@@ -8,48 +8,47 @@ twentieth, one seed. The tuned learning rate is the one of half decades whose fi
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.datasets import load_digits
-from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.convergence.plan import tuned
+from benchmarks.pages import arguments, origin, print_or_fill
+from benchmarks.shared import cosine, digits, network
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import ReadOut, Trace
 
 STEPS, RISING = 600, 30
 OUTPUT = Path(__file__).parents[1] / "docs" / "how-it-works"
-_images, _labels = load_digits(return_X_y=True)
-IMAGES, LABELS = torch.tensor(_images / 16, dtype=torch.float32), torch.tensor(_labels)
 
 
 def factor(step: int) -> float:
     """Return by what the schedule multiplies lr."""
     if step < RISING:
         return (step + 1) / RISING
-    return (1 + math.cos(math.pi * (step - RISING) / (STEPS - RISING))) / 2
+    return cosine((step - RISING) / (STEPS - RISING))
 
 
 def train(base: Any, lr: float) -> tuple[float, list[ReadOut]]:
     """Train once; return the final loss and, of a mechanized base, what it had learned after each step."""
+    images, labels = digits()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = network()
     optimizer = base(model.parameters(), lr=lr)
     trace = Trace(optimizer) if base is not torch.optim.AdamW else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for _ in range(STEPS):
-        chosen = torch.randint(len(IMAGES), (64,))
+        chosen = torch.randint(len(images), (64,))
         optimizer.zero_grad()
-        F.cross_entropy(model(IMAGES[chosen]), LABELS[chosen]).backward()
+        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return float(F.cross_entropy(model(IMAGES), LABELS)), trace.read() if trace else []
+        return float(F.cross_entropy(model(images), labels)), trace.read() if trace else []
 
 
 def panels(height: float, rows: int = 1) -> tuple[Figure, Any]:
@@ -61,13 +60,13 @@ def panels(height: float, rows: int = 1) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def learning_rates(runs: dict[str, list[ReadOut]], tuned: float) -> Figure:
+def learning_rates(runs: dict[str, list[ReadOut]], best: float) -> Figure:
     """Draw the effective learning rate over the steps, and the tuned one under its schedule."""
     figure, axis = panels(3.6)
     for name, rows in runs.items():
         points = [(row.steps, row.effective_lr[0]) for row in rows if row.effective_lr[0] > 0]
         axis.plot(*zip(*points, strict=True), label=name)
-    planned = [tuned * factor(step) for step in range(STEPS)]
+    planned = [best * factor(step) for step in range(STEPS)]
     axis.plot(range(1, STEPS + 1), planned, "--", color="0.4", label="tuned by a grid")
     axis.set(xscale="log", yscale="log", ylim=(1e-10, 1), xlabel="step", ylabel="lr * scale")
     axis.legend(loc="lower right")
@@ -89,21 +88,24 @@ def copies(rows: list[ReadOut], betas: tuple[float, ...]) -> Figure:
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw both, and write how into the page."""
+    page = arguments(__doc__).parse_args().fill
     torch.set_num_threads(1)
     adamw = torch.optim.AdamW
     auto, default = mechanize(adamw, s_init="auto"), mechanize(adamw)
-    tuned = min((10 ** (k / 2) for k in range(-8, 1)), key=lambda lr: train(adamw, lr)[0])
+    _, best = tuned(lambda lr: train(adamw, lr), centre=-4, reach=4)
     runs = {'s_init="auto"': train(auto, 1.0)[1], "defaults": train(default, 1.0)[1]}
     OUTPUT.mkdir(exist_ok=True)
     figures = {
-        "learning-rates": learning_rates(runs, tuned),
+        "learning-rates": learning_rates(runs, best),
         "copies": copies(runs["defaults"], default.mechanic_config.betas),
     }
     for name, figure in figures.items():
         file = OUTPUT / f"{name}.png"
         figure.savefig(file)
         Image.open(file).quantize(64).save(file, optimize=True)  # a third of the bytes
+    about = "handwritten digits of scikit-learn, AdamW, 600 steps, cosine after a warm-up, one seed"
+    print_or_fill(page, "pictures", {"origin": origin(about)})
 
 
 if __name__ == "__main__":

@@ -12,37 +12,38 @@ Losses are means over three seeds of weights and batches, over 5000 examples of 
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
 import torch
-from benchmarks.convergence import data
-from benchmarks.convergence.tasks import EVALUATION, Standardise, batches, mlp
-from benchmarks.pages import markdown_table, print_or_fill, setting
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.convergence import data
+from benchmarks.convergence.methods import finite
+from benchmarks.convergence.plan import tuned
+from benchmarks.convergence.tasks import EVALUATION, batches, perceptron, trained_on_mnist
+from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
+from benchmarks.shared import cosine
 from mechanic_pytorch import is_mechanized, mechanize
 
 SEEDS, STEPS, BATCH = range(3), 400, 64
 CENTRE = {"AdamW": -5, "SGD": -2}  # of the grid, in half decades; from there it goes downhill
-FURTHEST = 12
+pretrained = cache(partial(trained_on_mnist, perceptron))
 
 # From the part of the run that is behind, to a factor of lr.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear to 0": lambda t: 1 - t,
-    "cosine to 0": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "cosine to 0": cosine,
 }
 
 
@@ -115,28 +116,9 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-def network() -> nn.Sequential:
-    """Return a perceptron for images of 28 x 28."""
-    return mlp(784, 128, 64, 10).insert(0, Standardise())
-
-
-@cache
-def pretrained() -> dict[str, Tensor]:
-    """Return the weights of the perceptron after 600 steps of AdamW on MNIST."""
-    torch.manual_seed(0)
-    model = network()
-    x, y, _, _ = data.images("mnist")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for chosen in batches(len(x), BATCH, 600, seed=0):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[chosen]), y[chosen]).backward()
-        optimizer.step()
-    return model.state_dict()
-
-
 def start(case: Case) -> nn.Sequential:
     """Return the model of a case, with gradients for what is trained."""
-    model = network()
+    model = perceptron()
     if case.tune is None:
         return model
     *body, head = (layer for layer in model if isinstance(layer, nn.Linear))
@@ -153,7 +135,6 @@ def start(case: Case) -> nn.Sequential:
 def train(case: Case, seed: int, make: Callable[[Any], torch.optim.Optimizer]) -> tuple[float, float, float]:
     """Train once; return the training loss, the test accuracy in %, and the learned lr (NaN if none was learned)."""
     x, y, x_test, y_test = data.images("fashion-mnist")
-    pretrained()
     torch.manual_seed(seed)
     model = start(case)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
@@ -182,40 +163,24 @@ def train(case: Case, seed: int, make: Callable[[Any], torch.optim.Optimizer]) -
 
 
 @cache
-def at(case: Case, k: int | None) -> list[tuple[float, float, float]]:
-    """Return a run for each seed: mechanized, or plain at a learning rate given in half decades."""
+def at(case: Case, lr: float | None) -> tuple[float, list[tuple[float, float, float]]]:
+    """Return the mean loss, and a run for each seed: mechanized, or plain at a learning rate."""
     base: Any = getattr(torch.optim, case.base)
     options: dict[str, Any] = {"momentum": 0.9} if case.base == "SGD" else {"weight_decay": case.weight_decay}
 
     def make(params: Any) -> torch.optim.Optimizer:
-        if k is None:
+        if lr is None:
             return mechanize(base, s_init="auto")(params, lr=1.0, **options)
-        return base(params, lr=10 ** (k / 2), **options)
+        return base(params, lr=lr, **options)
 
-    return [train(case, seed, make) for seed in SEEDS]
-
-
-def mean_loss(runs: list[tuple[float, float, float]]) -> float:
-    """Return the mean loss, infinite where it is not finite."""
-    loss = fmean(run[0] for run in runs)
-    return loss if math.isfinite(loss) else math.inf
-
-
-def tuned(case: Case) -> int:
-    """Return the best learning rate in half decades: both of its neighbours are worse."""
-    best = CENTRE[case.base]
-    while abs(best) < FURTHEST:
-        better = min((best, best - 1, best + 1), key=lambda k: mean_loss(at(case, k)))
-        if better == best:
-            return best
-        best = better
-    raise RuntimeError(f"{case.name}: no best learning rate was found")
+    runs = [train(case, seed, make) for seed in SEEDS]
+    return finite(fmean(run[0] for run in runs)), runs
 
 
 def row(case: Case) -> list[str]:
     """Return a row of a table."""
-    ours, k = at(case, None), tuned(case)
-    plain = at(case, k)
+    _, ours = at(case, None)
+    (plain_loss, plain), lr = tuned(partial(at, case), CENTRE[case.base], reach=1)
     losses = [run[0] for run in ours]
     learned = math.exp(fmean(math.log(run[2]) for run in ours))
     points = fmean(run[1] for run in ours) - fmean(run[1] for run in plain)
@@ -223,18 +188,17 @@ def row(case: Case) -> list[str]:
         case.name,
         f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
         f"{learned:.2g}",
-        f"{mean_loss(plain):.3f}",
-        f"{10 ** (k / 2):.2g}",
+        f"{plain_loss:.3f}",
+        f"{lr:.2g}",
         f"{fmean(run[1] for run in ours):.1f} ({points:+.1f})",
     ]
 
 
 def main() -> None:
     """Print the tables, or write them into a page."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
-    arguments.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS), metavar="TOPIC")
-    options = arguments.parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS), metavar="TOPIC")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     head = "loss, mechanized", "learned lr", "loss, plain tuned", "its lr", "accuracy, % (against tuned)"
@@ -242,9 +206,8 @@ def main() -> None:
     for topic in options.topics:
         title = "batch" if topic == "accumulation" else topic.replace("warm up", "warm-up").replace("fine t", "fine-t")
         made[topic] = markdown_table([title, *head], [row(case) for case in track(TOPICS[topic], topic)])
-    made["origin"] = (
-        f"<sub>Perceptron, Fashion-MNIST, {STEPS} steps, means over {len(SEEDS)} seeds (smallest to largest); "
-        f"`python -m benchmarks.recipes --fill docs/recipes.md`, {setting()}</sub>"
+    made["origin"] = origin(
+        f"perceptron, Fashion-MNIST, {STEPS} steps, means over {len(SEEDS)} seeds (smallest to largest)"
     )
     print_or_fill(options.fill, "recipes", made)
 

@@ -16,30 +16,29 @@ told on stderr as soon as there is one. Losses are over all the data, means over
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from pathlib import Path
+from functools import partial
 from statistics import fmean, median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from benchmarks.pages import markdown_table, print_or_fill, setting
-from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
+from benchmarks.convergence import plan
+from benchmarks.convergence.methods import finite
+from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
+from benchmarks.shared import cosine, digits, network
 from mechanic_pytorch import mechanize
 
 SEEDS = range(2)
-DECADES, FURTHEST = range(-6, 1, 2), 16  # learning rates, in half decades
+tuned = partial(plan.tuned, centre=-3, reach=3)
 AUTO, NUMERIC = {"s_init": "auto"}, {"s_init": 1e-8}
 Rate = float | dict[str, Any]  # of the plain base, or what the mechanized one is made with
-Result = TypeVar("Result", bound=tuple[Any, ...])
 
 
 class Lion(optim.Optimizer):
@@ -81,30 +80,6 @@ def build(name: str, params: Any, rate: Rate, weight_decay: float | None = None)
     if isinstance(rate, dict):
         return mechanize(base, **rate)(params, lr=1.0, **options)
     return base(params, lr=rate, **options)
-
-
-def tuned(run: Callable[[float], Result]) -> tuple[Result, float]:
-    """Return the result that begins with the least loss, and its lr, which is the best of half decades.
-
-    First comes the best of whole decades, more of them until it is none at the edge, then those beside it.
-    """
-    made = {k: run(10 ** (k / 2)) for k in DECADES}
-
-    def best() -> int:
-        return min(made, key=lambda k: made[k][0])
-
-    while (centre := best()) in (min(made), max(made)):
-        k = centre - 2 if centre == min(made) else centre + 2
-        if abs(k) > FURTHEST:
-            raise RuntimeError("no best learning rate was found")
-        made[k] = run(10 ** (k / 2))
-    made |= {k: run(10 ** (k / 2)) for k in (centre - 1, centre + 1)}
-    return made[best()], 10 ** (best() / 2)
-
-
-def cosine(part: float) -> float:
-    """Return the factor of lr where this part of a cosine to 0 is behind; 0 from its end on."""
-    return (1 + math.cos(math.pi * min(part, 1.0))) / 2
 
 
 # --- schedules and decays -------------------------------------------------------------------------------------------
@@ -194,16 +169,14 @@ def cells(row: Row, run: Run) -> list[str]:
 
 
 def summary(made: dict[Row, Run]) -> str:
-    """Return the mean and the worst, as a sentence."""
-    worst = max(made, key=lambda row: made[row].final)
-    spike = max(made, key=lambda row: made[row].spike)
-    finals = [run.final for run in made.values()]
-    return (
-        f"Final loss, divided by that of the tuned base: {fmean(finals):.2f} in the mean of {len(made)} rows, "
-        f"{median(finals):.2f} in the median, at worst "
-        f"{made[worst].final:.2f} ({said(worst)}); the largest loss of the second half, "
-        f"divided by the tuned base's: at worst {made[spike].spike:.2f} ({said(spike)})."
-    )
+    """Return mean, median and worst over all rows of the table."""
+    rows = []
+    for title, name in (("final loss / tuned", "final"), ("late spike / tuned", "spike")):
+        ratios = {row: getattr(run, name) for row, run in made.items()}
+        worst = max(ratios, key=ratios.get)
+        figures = (f(ratios.values()) for f in (fmean, median, max))
+        rows.append([title, *(f"{figure:.2f}" for figure in figures), said(worst)])
+    return markdown_table([f"{len(made)} rows", "mean", "median", "worst", "which"], rows)
 
 
 def said(row: Row) -> str:
@@ -223,8 +196,8 @@ class Undisturbed:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.layers = nn.Linear(64, 64), nn.Linear(64, 10)
-        self.model = nn.Sequential(self.layers[0], nn.ReLU(), self.layers[1])
+        self.model = network(64)
+        self.layers = self.model[0], self.model[2]
         self.generator = torch.Generator().manual_seed(seed)
 
     def labels(self, t: int, labels: Tensor) -> Tensor:
@@ -349,13 +322,6 @@ DISTURBED = "AdamW", "SGD, momentum"  # bases
 QUICK_DISTURBANCES = ("weights clamped to ±0.2",)
 
 
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """Return images and their labels."""
-    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    return (images / 16).float(), labels
-
-
 def train_disturbed(name: str, base: str, seed: int, rate: Rate) -> float:
     """Learn to read digits once; return the loss at the end, for the labels of the last step."""
     x, y = digits()
@@ -372,8 +338,7 @@ def train_disturbed(name: str, base: str, seed: int, rate: Rate) -> float:
         with torch.no_grad():
             case.change_weights(t + 1)
     with torch.no_grad():
-        loss = float(F.cross_entropy(case.model(x), case.labels(DIGITS_STEPS, y)))
-    return loss if math.isfinite(loss) else math.inf
+        return finite(float(F.cross_entropy(case.model(x), case.labels(DIGITS_STEPS, y))))
 
 
 def disturbed(name: str, base: str, rate: Rate, seeds: Iterable[int] = SEEDS) -> tuple[float, ...]:
@@ -405,22 +370,16 @@ def tell(row: list[str]) -> list[str]:
 
 def main() -> None:
     """Print the tables, or write them into a page."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--fill", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
-    arguments.add_argument("--quick", action="store_true", help="a handful of rows, one seed")
-    arguments.add_argument("--only", choices=("schedules", "disturbances"), help="of the two tables")
-    arguments.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="of the schedules' table")
-    arguments.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (%(default)s)")
-    options = arguments.parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--quick", action="store_true", help="a handful of rows, one seed")
+    parser.add_argument("--only", choices=("schedules", "disturbances"), help="of the two tables")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="of the schedules' table")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (%(default)s)")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     seeds = range(1 if options.quick else options.seeds)
-
-    origin = (
-        f"<sub>`python -m benchmarks.safety {' '.join(sys.argv[1:])}`, "
-        f"{f'means of {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}; {setting()}</sub>"
-    )
-
+    small = origin(f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed")
     made = {}
     if options.only != "disturbances":
         runs, rows = {}, []
@@ -428,12 +387,12 @@ def main() -> None:
             runs[row] = compare(row, seeds)
             rows.append(tell(cells(row, runs[row])))
         head = ["base", "weight decay", "schedule", "final loss / tuned", "late spike / tuned", "moved at lr 0"]
-        made |= {"schedules": f"{markdown_table(head, rows)}\n\n{origin}", "summary": summary(runs)}
+        made |= {"schedules": f"{markdown_table(head, rows)}\n\n{small}", "summary": summary(runs)}
     if options.only != "schedules":
         names = QUICK_DISTURBANCES if options.quick else DISTURBANCES
         rows = [tell(disturbed_cells(name, base, seeds)) for name in names for base in DISTURBED]
         head = ["disturbance", "base", "loss, plain tuned", '`s_init="auto"`', "`s_init=1e-8`"]
-        made["disturbances"] = f"{markdown_table(head, rows)}\n\n{origin}"
+        made["disturbances"] = f"{markdown_table(head, rows)}\n\n{small}"
     print_or_fill(options.fill, "safety", made)
 
 

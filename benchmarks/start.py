@@ -5,25 +5,24 @@ rate, 300 steps; every run from the same weights and batches. 0.0.1 has the same
 directory of its own:
 
     pip install --no-deps --target peers mechanic-pytorch==0.0.1
-    python benchmarks/start.py --peers peers
+    python -m benchmarks.start --peers peers --fill docs/numerics.md
 
-Prints a Markdown table, and the machine and versions it was measured on.
+Prints a Markdown table, or writes it between the marks `<!-- start: table -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
+from benchmarks.shared import digits, network
 from mechanic_pytorch import mechanize
 
 LRS = [10.0**exponent for exponent in range(-8, 7, 2)]
@@ -43,10 +42,10 @@ def load_old(directory: Path) -> Any:
 
 def final_loss(wrap: Any, lr: float, dtype: torch.dtype) -> float:
     """Train once; return the loss over all images."""
-    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    images = (images / 16).to(dtype)
+    images, labels = digits()
+    images = images.to(dtype)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)).to(dtype)
+    model = network().to(dtype)
     optimizer = wrap(torch.optim.AdamW)(model.parameters(), lr=lr)
     for _ in range(STEPS):
         batch = torch.randint(len(images), (BATCH,))
@@ -58,10 +57,11 @@ def final_loss(wrap: Any, lr: float, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """Run everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print the table, or write it into a page."""
+    parser = arguments(__doc__)
     parser.add_argument("--peers", type=Path, default=Path(".venv/peers"), help="directory that holds 0.0.1")
-    old = load_old(parser.parse_args().peers)
+    options = parser.parse_args()
+    old = load_old(options.peers)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Mechanized.* lost in rounding")  # it is what the table shows
     columns = {
@@ -69,12 +69,12 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16)
         for name, wrap in (("0.0.1", old), ("this package", mechanize))
     }
-    rows = {lr: [final_loss(wrap, lr, dtype) for wrap, dtype in columns.values()] for lr in track(LRS, transient=True)}
-    print(f"| base lr | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for lr, losses in rows.items():
-        print(f"| {lr:.0e} | {' | '.join(f'{loss:.3g}' for loss in losses)} |")
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"\n{versions}, {platform.machine()} CPU, one thread, one seed")
+    rows = [
+        [f"{lr:.0e}", *(f"{final_loss(wrap, lr, dtype):.3g}" for wrap, dtype in columns.values())]
+        for lr in track(LRS, transient=True)
+    ]
+    made = {"table": f"{markdown_table(['base lr', *columns], rows)}\n\n{origin('one seed')}"}
+    print_or_fill(options.fill, "start", made)
 
 
 if __name__ == "__main__":

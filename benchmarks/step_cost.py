@@ -14,11 +14,9 @@ packages dog-optimizer and pytorch-optimizer; without these, their rows are left
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -29,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.counting import Operations, state_bytes, transient_bytes
-from benchmarks.pages import markdown_table, print_or_fill
-from benchmarks.start import load_old
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.counting import Operations, state_bytes, transient_bytes
+from benchmarks.pages import arguments, command, markdown_table, print_or_fill, setting
+from benchmarks.start import load_old
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.kernels import KERNELS, missing_for_triton
 from mechanic_pytorch.kernels.arguments import Scales
@@ -396,12 +394,13 @@ def text(figures: Mapping[str, Any]) -> str:
             "other work:",
             table("host, ms", ".1f", single, "plain host, ms"),
         ]
+        parts += [
+            "Bytes per weight that come and go in a step:",
+            table("transient bytes per weight", ".1f", large(figures)[-2:], "plain, ms").rpartition("\n")[0],
+        ]
     else:
         parts += ["Time of a step, as a ratio to the plain base:", table("time", ".1f", tables, "plain, ms")]
-    parts += [
-        "Bytes per weight that come and go in a step:",
-        table("transient bytes per weight", ".1f", large(figures)[-2:], "plain, ms").rpartition("\n")[0],
-    ]
+        parts += ["What can be counted:", counts(tables)]
     speeds = figures["GB/s"]
     rows = [[name, f"{speed:.0f}", f"{speed / speeds['a copy']:.0%}"] for name, speed in speeds.items()]
     parts.append(markdown_table(["100M weights in float32", "GB/s", "of a copy"], rows))
@@ -411,10 +410,16 @@ def text(figures: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def machine(device: str) -> str:
-    """Return what the figures were measured on."""
-    name = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()} CPU"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+def counts(tables: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Return what can be counted of fused AdamW, mechanized by this package and by version 0.0.1."""
+    names = ["operations", "host reads", "kept bytes per weight", "transient bytes per weight"]
+    rows = [
+        [title, row["method"], *(f"{row[name]:.3g}" for name in names)]
+        for title, rows in tables.items()
+        for row in rows
+        if row["method"] in ("fused AdamW, mechanized", "fused AdamW, mechanized by 0.0.1") and "time" in row
+    ]
+    return markdown_table(["", "method", *names], rows)
 
 
 def measured(peers: Path, device: str, beginnings: list[str], dtypes: list[str], rounds: int) -> dict[str, Any]:
@@ -444,10 +449,9 @@ def measured(peers: Path, device: str, beginnings: list[str], dtypes: list[str],
     }
     return {
         "gpu": on_gpu,
-        "machine": machine(device),
+        "machine": setting(device),
         "rounds": rounds,
-        "command": "python -m benchmarks.step_cost --fill docs/speed.md --plot "
-        f"docs/step_cost{'_gpu' if on_gpu else ''}.png",
+        "command": command(),
         "tables": tables,
         "training": training,
         "GB/s": bandwidth(device, rounds),
@@ -456,7 +460,7 @@ def measured(peers: Path, device: str, beginnings: list[str], dtypes: list[str],
 
 def main() -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--peers", type=Path, default=Path(".venv/peers"), help="directory that holds 0.0.1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="*", default=[""], help="beginnings of names: GPT ResNet LoRA tiny one")
@@ -464,23 +468,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw the times there")
-    parser.add_argument("--fill", type=Path, help="the page to write the tables into, else they are printed")
     parser.add_argument(
         "--measured", type=Path, help="report the figures of a --json of before, perhaps from elsewhere"
     )
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_optimizer")
     warnings.filterwarnings("ignore", "Mechanized.* lost in rounding")
 
-    if arguments.measured:
-        figures = json.loads(arguments.measured.read_text(encoding="utf-8"))
+    if options.measured:
+        figures = json.loads(options.measured.read_text(encoding="utf-8"))
     else:
-        figures = measured(arguments.peers, arguments.device, arguments.shapes, arguments.dtypes, arguments.rounds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    if arguments.plot:
-        plot({title: rows for title, rows in figures["tables"].items() if title in large(figures)}, arguments.plot)
-    print_or_fill(arguments.fill, "step cost", {"gpu" if figures["gpu"] else "cpu": text(figures)})
+        figures = measured(options.peers, options.device, options.shapes, options.dtypes, options.rounds)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if options.plot:
+        plot({title: rows for title, rows in figures["tables"].items() if title in large(figures)}, options.plot)
+    print_or_fill(options.fill, "step cost", {"gpu" if figures["gpu"] else "cpu": text(figures)})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from benchmarks import safety
 
+from benchmarks import safety
 from mechanic_pytorch import mechanize
 from problems import IMAGES, LABELS, loss_of, mlp, train
 

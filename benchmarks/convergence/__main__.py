@@ -4,8 +4,9 @@
     python -m benchmarks.convergence report --output convergence
 
 `run` trains every task with every method and seed, in parallel, and appends a line to the results file as each job
-finishes. It may be interrupted at any time, even killed, and goes on where it was. `report` prints tables, and draws
-pictures, of whatever there is. Data: from the directory $MECHANIC_DATA, or downloaded.
+finishes. It may be interrupted at any time, even killed, and goes on where it was. `report` prints tables of whatever
+there is, draws pictures of it, and makes the marked tables of pages anew. Data: from the directory $MECHANIC_DATA, or
+downloaded.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ import joblib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import data, fill, pictures, plan
-from . import report as tables_of
-from .methods import IF_NAMED, METHODS, Job, execute, matching
-from .results import Results, key
-from .tasks import PROFILES, TASKS, Task
+from benchmarks.convergence import data, pictures, plan, tables
+from benchmarks.convergence.methods import IF_NAMED, METHODS, Job, execute, matching
+from benchmarks.convergence.results import Results, key
+from benchmarks.convergence.tasks import PROFILES, TASKS, Task
 
 SEEDS = {"quick": [0], "full": [0, 1, 2], "groups": [0, 1, 2]}
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner.add_argument("--backend", default="loky", help="joblib's: loky, ray, dask, sequential … (%(default)s)")
     runner.add_argument("--peers", type=Path, default=Path(".venv/peers"), help="directory that holds 0.0.1")
     reporter = commands.add_parser("report", help="tables and pictures of what there is")
-    reporter.add_argument("--output", type=Path, help="directory for report.md and the pictures")
+    reporter.add_argument("--output", type=Path, help="directory for the pictures")
     reporter.add_argument(
         "--fill", nargs="*", type=Path, default=[], help="Markdown files whose marked tables are made anew"
     )
@@ -139,18 +139,15 @@ def in_parallel(pairs: list[tuple[Job, float | None]], options: argparse.Namespa
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print the report; write it with its pictures, and tables of other files, if asked to; return the exit status."""
+    """Print the report; draw pictures, and make tables of pages anew, if asked to; return the exit status."""
     lines = Results(options.results).lines()
-    text, tables = tables_of.compose(lines, options.profile)
-    print(text)
-    if options.output and tables:
+    print(tables.report(lines, options.profile))
+    if options.output and (found := tables.compose(lines, options.profile)):
         options.output.mkdir(parents=True, exist_ok=True)
         for name, draw in pictures.ALL.items():
-            draw(tables).savefig(options.output / f"{name}.png", dpi=120)
-        links = "\n".join(f"![{name}]({name}.png)\n" for name in pictures.ALL)
-        (options.output / "report.md").write_text(f"{text}\n## Pictures\n\n{links}", encoding="utf-8")
-    for path in options.fill:
-        path.write_text(fill.fill(path.read_text(encoding="utf-8"), tables, lines), encoding="utf-8")
+            draw(found).savefig(options.output / f"{name}.png", dpi=120)
+    for page in options.fill:
+        page.write_text(tables.fill(page.read_text(encoding="utf-8"), lines, options.profile), encoding="utf-8")
     return 0
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
-from .methods import CENTRE, finite, grid_name, grid_point
-from .plan import FLOOR, best_point
-from .tasks import Task
+from benchmarks.convergence.methods import CENTRE, finite, grid_name, grid_point
+from benchmarks.convergence.plan import FLOOR, best_point
+from benchmarks.convergence.tasks import Task
 
 
 class TaskResults:
@@ -58,10 +58,11 @@ class TaskResults:
         """Return a method's metric, averaged over its seeds."""
         return self._metric(self.lines[method]) if method in self.lines else None
 
-    def metric_change(self, method: str) -> float | None:
-        """Return a method's metric relative to the tuned one: a ratio of test losses, a difference of all others."""
-        divide = self.task.metric == "test loss"
-        return self._compare(method, self._metric, lambda a, b: a / b if divide else a - b)
+    def points(self, method: str) -> float | None:
+        """Return by how many points accuracy or R² is above that of tuned; None where the metric is a loss."""
+        if self.task.metric == "test loss":
+            return None
+        return self._compare(method, self._metric, lambda a, b: a - b)
 
     def spread(self, method: str) -> float | None:
         """Return the largest loss of a seed over the smallest, None if there is only one seed."""
@@ -115,11 +116,6 @@ def over(tables: Iterable[TaskResults], method: str) -> Over | None:
 def geometric(values: Collection[float]) -> float:
     """Return the geometric mean, infinite if one of the values is."""
     return geometric_mean(values) if all(map(math.isfinite, values)) else math.inf
-
-
-def points(table: TaskResults, method: str) -> float | None:
-    """Return by how many points accuracy or R² is above that of tuned; None where the metric is a loss."""
-    return None if table.task.metric == "test loss" else table.metric_change(method)
 
 
 def apart(tables: Sequence[TaskResults]) -> tuple[list[TaskResults], list[TaskResults]]:

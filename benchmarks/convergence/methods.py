@@ -8,7 +8,6 @@ layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_a
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import math
 import platform
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.convergence.tasks import GROUPINGS, Run, Task
+from benchmarks.start import load_old
 from mechanic_pytorch import _auto, is_mechanized, mechanize
-
-from .tasks import GROUPINGS, Run, Task
 
 GRID, LEARNED, TEACHER = "grid", "plain@learned", "ours-auto"
 CENTRE = {"Adam": -2, "AdamW": -6, "SGD": -2, "Muon": -3}  # in half decades: 0.1, 0.001, 0.1, 0.03
@@ -46,18 +45,9 @@ FIXED = (
     "schedule-free",
     "adamw@1e-3",
 )
+PAIRS = [(1e-4, 1), (1e-3, 1), (1e-2, 1), (1e-4, 0.5), (1e-3, 0.5), (1e-2, 0.5), (1e-3, 0.7), (1e-3, 0.3)]
 ABLATION = {
-    f"ablation@{relative:g},{penalty:g}": (relative, penalty)
-    for relative, penalty in [
-        (1e-4, 1),
-        (1e-3, 1),
-        (1e-2, 1),
-        (1e-4, 0.5),
-        (1e-3, 0.5),
-        (1e-2, 0.5),
-        (1e-3, 0.7),
-        (1e-3, 0.3),
-    ]
+    f"ablation@{first:g},{penalty:g}": {"RELATIVE": first, "LOSS_WEIGHT_FALLING": penalty} for first, penalty in PAIRS
 }
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
 IF_NAMED = (*ABLATION, *PER_GROUP)
@@ -152,8 +142,6 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
         raise ValueError(f"{method} is not for two kinds of groups")
     params = model.parameters()
     if name == "0.0.1":
-        from benchmarks.start import load_old
-
         return load_old(peers)(base)(params, lr=1.0, **options)
     if name == "prodigy":
         return po.Prodigy(params, safeguard_warmup=task.warm_up > 0, **decoupled)
@@ -236,17 +224,15 @@ def switch(optimizer: Any, mode: str) -> None:
 
 
 def constants(method: str) -> Any:
-    """Return a context in which `_auto.py` is that of a method of the ablation."""
-    if method not in ABLATION:
-        return contextlib.nullcontext()
-    relative, penalty = ABLATION[method]
-    return unittest.mock.patch.multiple(_auto, RELATIVE=relative, LOSS_WEIGHT_FALLING=penalty)
+    """Return a context in which `_auto.py`, to which none can be passed, has the constants of a method."""
+    return unittest.mock.patch.dict(vars(_auto), ABLATION.get(method, {}))
 
 
 def execute(job: Job, lr: float | None, peers: Path, threads: int) -> dict[str, Any]:
     """Run a job in a worker. Return its line for the results file, which names the error if it has failed."""
     torch.set_num_threads(threads)
-    line = {**job.identity, "lr": lr, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "python": platform.python_version()}
+    line = {**job.identity, "lr": lr, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    line |= {"python": platform.python_version(), "machine": platform.machine()}
     try:
         with warnings.catch_warnings(), constants(job.method):
             warnings.simplefilter("ignore")

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .compare import TaskResults, apart, over
-from .methods import NAMES, TEACHER, finite
-from .plan import FLOOR
+from benchmarks.convergence.compare import TaskResults, apart, over
+from benchmarks.convergence.methods import NAMES, TEACHER, finite
+from benchmarks.convergence.plan import FLOOR
 
 COLORS = {"ours": "C0", TEACHER: "C1", "0.0.1": "C2"}
 NEAREST, FARTHEST = 0.7, 6.0  # of relative losses; what is beyond becomes a triangle at the edge

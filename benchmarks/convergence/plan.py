@@ -1,18 +1,31 @@
-"""Which jobs are still to be run, given what is known: pure functions of tasks, methods, seeds and results."""
+"""Which learning rates are tried, and which jobs are still to be run, given what is known."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from .methods import CENTRE, FIXED, FURTHEST, GRID, IF_NAMED, LEARNED, REACH, TEACHER, Job, finite, grid_name
-from .results import key
-from .tasks import Task
+from benchmarks.convergence.methods import (
+    CENTRE,
+    FIXED,
+    FURTHEST,
+    GRID,
+    IF_NAMED,
+    LEARNED,
+    REACH,
+    TEACHER,
+    Job,
+    finite,
+    grid_name,
+)
+from benchmarks.convergence.results import key
+from benchmarks.convergence.tasks import Task
 
 FLOOR = 1e-4  # a loss below counts as this: separable problems come as close to zero as the learning rate is large
 
 Finished = Mapping[tuple[Any, ...], dict[str, Any]]
+Result = TypeVar("Result", bound=tuple[Any, ...])
 
 
 def best_point(losses: Mapping[int, float], centre: int) -> int:
@@ -22,16 +35,15 @@ def best_point(losses: Mapping[int, float], centre: int) -> int:
     return min(losses, key=lambda k: (max(losses[k], FLOOR), abs(k - centre), k))
 
 
-def grid(task: Task, profile: str, losses: Mapping[int, float | None]) -> list[int]:
-    """Return the points of a grid, one more than known on the side where the best one is the last.
+def grid(centre: int, reach: int, losses: Mapping[int, float | None]) -> list[int]:
+    """Return the points of a grid, in half decades, one more than known on the side where the best one is the last.
 
     Args:
-        task: the task.
-        profile: how far the grid reaches to begin with.
+        centre: its middle, to begin with.
+        reach: how many points it has on either side of that, to begin with.
         losses: of the points that are known; None, or nothing, where some seed has no result yet.
     """
-    centre = CENTRE[task.base]
-    points = set(range(centre - REACH[profile], centre + REACH[profile] + 1))
+    points = set(range(centre - reach, centre + reach + 1))
     while all(losses.get(k) is not None for k in points):
         best = best_point({k: finite(losses[k]) for k in points}, centre)
         beyond = best - 1 if best == min(points) else best + 1 if best == max(points) else None
@@ -39,6 +51,25 @@ def grid(task: Task, profile: str, losses: Mapping[int, float | None]) -> list[i
             break
         points.add(beyond)
     return sorted(points)
+
+
+def tuned(run: Callable[[float], Result], centre: int, reach: int) -> tuple[Result, float]:
+    """Return the result that begins with the least loss, and its lr: of a grid whose best point is inside.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    made: dict[int, Result] = {}
+
+    def losses() -> dict[int, float]:
+        return {k: finite(result[0]) for k, result in made.items()}
+
+    while todo := set(grid(centre, reach, losses())) - made.keys():
+        made |= {k: run(10 ** (k / 2)) for k in sorted(todo)}
+    best = best_point(losses(), centre)
+    if best in (min(made), max(made)):
+        raise RuntimeError("no best learning rate was found")
+    return made[best], 10 ** (best / 2)
 
 
 def seed_average(lines: Sequence[dict[str, Any] | None], name: str = "loss") -> float | None:
@@ -64,7 +95,8 @@ def jobs(
             losses = {
                 k: seed_average([result(grid_name(k), seed) for seed in seeds]) for k in range(-FURTHEST, FURTHEST + 1)
             }
-            wanted += [(Job(task, grid_name(k), s, profile), None) for k in grid(task, profile, losses) for s in seeds]
+            points = grid(CENTRE[task.base], REACH[profile], losses)
+            wanted += [(Job(task, grid_name(k), s, profile), None) for k in points for s in seeds]
         wanted += [
             (Job(task, method, s, profile), None) for method in (*FIXED, *IF_NAMED) if method in methods for s in seeds
         ]

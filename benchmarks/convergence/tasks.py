@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
+from benchmarks.convergence import data
 
 PROFILES = ("quick", "full", "groups")
 EVALUATION = 5000  # at most so many examples of the training data say what the loss is
@@ -174,6 +174,11 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *layers[:-1])
 
 
+def perceptron() -> nn.Sequential:
+    """Return a perceptron for images of 28 x 28."""
+    return mlp(784, 128, 64, 10).insert(0, Standardise())
+
+
 def cnn() -> nn.Sequential:
     """Return a small convolutional network with batch norm, for images of 28 x 28."""
     widths = [1, 8, 16, 32]
@@ -184,25 +189,29 @@ def cnn() -> nn.Sequential:
     return nn.Sequential(Standardise(), *itertools.chain(*blocks), nn.Flatten(), nn.Linear(9 * widths[-1], 10))
 
 
+def trained_on_mnist(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Return the weights of a network after 600 steps of AdamW on MNIST."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    x, y, _, _ = data.images("mnist")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in batches(len(x), 64, 600, seed=0):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
 @cache
 def pretrained() -> dict[str, Tensor]:
-    """Return the weights of the convolutional network after 600 steps of AdamW on MNIST, trained once and kept."""
+    """Return the weights of the convolutional network that knows MNIST, trained once and kept."""
     file = data.cache() / f"cnn-mnist-torch{torch.__version__}.pt"
     if not file.exists():
-        state = torch.get_rng_state()
-        torch.manual_seed(0)
-        model = cnn()
-        x, y, _, _ = data.images("mnist")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for batch in batches(len(x), 64, 600, seed=0):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[batch]), y[batch]).backward()
-            optimizer.step()
-        torch.set_rng_state(state)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=file.parent)
         os.close(handle)
-        torch.save(model.state_dict(), part)
+        torch.save(trained_on_mnist(cnn), part)
         Path(part).replace(file)  # at once, so that nobody reads half of it
     return torch.load(file, weights_only=True)
 
@@ -290,9 +299,6 @@ def _linear_task(name: str, path: str, quick: int | None = None, published: str 
 def _all() -> list[Task]:
     images, text = partial(data.images, "fashion-mnist"), partial(data.shakespeare, CONTEXT)
     accuracy, prices = "accuracy, %", partial(mlp, 8, 64, 64, 1)
-
-    def perceptron() -> nn.Module:
-        return mlp(784, 128, 64, 10).insert(0, Standardise())
 
     def both() -> None:
         images()
