@@ -12,7 +12,7 @@ import mechanic_pytorch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-UNLISTED = {"Mechanic.mechanic_config", "Mechanic.found_inf"}  # how it is made, not what it does
+UNLISTED = {"Mechanic.mechanic_config", "Mechanic.mechanic_tuner"}  # how it is made, not what it does
 
 pytestmark = pytest.mark.skipif(
     not (DOCS / "step_cost.png").exists(), reason="a source distribution has no pictures, so links to them are dead"
