@@ -175,11 +175,11 @@ def summary(made: dict[Row, Run]) -> str:
         ratios = {row: getattr(run, name) for row, run in made.items()}
         worst = max(ratios, key=ratios.get)
         figures = (f(ratios.values()) for f in (fmean, median, max))
-        rows.append([title, *(f"{figure:.2f}" for figure in figures), said(worst)])
+        rows.append([title, *(f"{figure:.2f}" for figure in figures), text_of(worst)])
     return markdown_table([f"{len(made)} rows", "mean", "median", "worst", "which"], rows)
 
 
-def said(row: Row) -> str:
+def text_of(row: Row) -> str:
     """Return a row's name."""
     return f"{row.base}, weight decay {row.weight_decay:g}, {row.schedule}"
 

@@ -25,19 +25,19 @@ def quick():
 
 @pytest.mark.xdist_group("safety")
 def test_losses_end_near_those_of_the_tuned_base(quick):
-    ratios = {safety.said(row): run.final for row, run in quick.items()}
+    ratios = {safety.text_of(row): run.final for row, run in quick.items()}
     assert sum(ratios.values()) / len(ratios) <= MEAN_FINAL, ratios
 
 
 @pytest.mark.xdist_group("safety")
 def test_losses_do_not_climb_late(quick):
-    spikes = {safety.said(row): run.spike for row, run in quick.items()}
+    spikes = {safety.text_of(row): run.spike for row, run in quick.items()}
     assert max(spikes.values()) <= WORST_SPIKE, spikes
 
 
 @pytest.mark.xdist_group("safety")
 def test_schedules_that_reach_zero_stop_every_weight(quick):
-    moved = {safety.said(row): run.moved for row, run in quick.items()}
+    moved = {safety.text_of(row): run.moved for row, run in quick.items()}
     assert set(moved.values()) == {0.0}, moved
 
 

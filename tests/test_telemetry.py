@@ -14,7 +14,7 @@ import torch
 from counting import Operations
 from device import DEVICE
 from mechanic_pytorch import mechanize
-from mechanic_pytorch.telemetry import ReadOut, Series, Trace, inside, read, read_out, snapshot
+from mechanic_pytorch.telemetry import ReadOut, Thinned, Trace, read, read_out, snapshot, unwrap
 from problems import loss_of, mlp, train
 
 
@@ -135,7 +135,7 @@ def test_what_is_not_mechanized_is_refused():
                 TypeError, match=r"must be mechanized. Got (SGD|NoneType). Remedy: build it with mechanize"
             ):
                 call(wrong)
-    assert inside(plain) is None
+    assert unwrap(plain) is None
 
 
 def test_names_of_scalars():
@@ -149,19 +149,19 @@ def test_names_of_scalars():
     }
 
 
-# --- Series -----------------------------------------------------------------------------------------------------------
+# --- Thinned ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 8])
 def test_a_series_is_bounded_even_and_keeps_the_first(capacity):
-    series, made = Series(capacity), []
+    values, made = Thinned(capacity), []
     for i in range(100):
-        series.add(lambda i=i: made.append(i) or i)
+        values.add(lambda i=i: made.append(i) or i)
         n = i + 1
         stride = 1
         while -(-n // stride) > capacity:
             stride *= 2
-        assert series.values == list(range(0, n, stride))
+        assert values.values == list(range(0, n, stride))
     assert len(made) <= capacity * 8  # all of the first ones, then half of them again at each of at most 7 thinnings
 
 

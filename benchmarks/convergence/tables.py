@@ -207,7 +207,7 @@ def part_rates(tables: Sequence[TaskResults]) -> str:
     for table in with_part_scales(tables):
         learned = learned_lrs(table, f"{TEACHER}/part")
         apart_by = number(max(learned) / min(learned), ".2g")
-        rows.append([table.task.name, number(table.rate(TEACHER), ".2g"), said(learned), apart_by])
+        rows.append([table.task.name, number(table.rate(TEACHER), ".2g"), text_of(learned), apart_by])
     return markdown_table(["learned lr", "one scale", "each part, first to last", "largest / smallest"], rows)
 
 
@@ -224,11 +224,11 @@ def muon(tables: Sequence[TaskResults]) -> str:
     rows = []
     for table, loss in zip(tables, losses, strict=True):
         ratio, tuned = table.task.ratio, table.tuned_lr or math.nan
-        row = [f"1 : {ratio:g}", relative(loss / best), said([tuned, tuned * ratio])]
+        row = [f"1 : {ratio:g}", relative(loss / best), text_of([tuned, tuned * ratio])]
         for method in (TEACHER, f"{TEACHER}/muon"):
             to_tuned = table.ratio(method)
             row.append("" if to_tuned is None else relative(to_tuned * loss / best))
-            row.append(said(learned_lrs(table, method)))
+            row.append(text_of(learned_lrs(table, method)))
         rows.append(row)
     head = ["lr of Muon : lr of AdamW", "tuned", "lrs", "one scale", "learned lrs", "a scale per group", "learned lrs"]
     return markdown_table(head, rows)
@@ -249,7 +249,7 @@ def origin(tables: Sequence[TaskResults]) -> str:
     )
 
 
-def said(rates: Sequence[float]) -> str:
+def text_of(rates: Sequence[float]) -> str:
     """Return learning rates for a table."""
     return ", ".join(number(rate, ".1e") for rate in rates)
 

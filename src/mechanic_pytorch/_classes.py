@@ -65,5 +65,5 @@ def _metaclass(base_metaclass: type) -> type:
 
 def _reduce(cls: type[Optimizer]) -> str | tuple[Callable[..., type], tuple[object, ...]]:
     if "_mechanic_made_from" not in vars(cls):
-        return cls.__qualname__  # somebody's own subclass: found by its name, like any class
+        return cls.__qualname__  # someone's own subclass: found by its name, like any class
     return class_for, vars(cls)["_mechanic_made_from"]

@@ -142,7 +142,7 @@ class Trace:
     """
 
     def __init__(self, optimizer: object, capacity: int = 1000) -> None:
-        self._rows: Series[Snapshot] = Series(capacity)
+        self._rows: Thinned[Snapshot] = Thinned(capacity)
         inner = _mechanized(optimizer)
         inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if can_sync(stepped) else None)
 
@@ -155,7 +155,7 @@ class Trace:
         return read(self._rows.values)
 
 
-class Series(Generic[T]):
+class Thinned(Generic[T]):
     """At most `capacity` of the values added: each, then every second one, every fourth, always with the first.
 
     Args:
@@ -165,16 +165,16 @@ class Series(Generic[T]):
         ValueError: it is less than 1.
 
     Example:
-        >>> series = Series(4)
+        >>> values = Thinned(4)
         >>> for i in range(11):
-        ...     series.add(lambda: i)
-        >>> series.values
+        ...     values.add(lambda: i)
+        >>> values.values
         [0, 4, 8]
     """
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
-            raise ValueError(f"Series: capacity must be at least 1. Got {capacity!r}. Remedy: 1000 suits a plot.")
+            raise ValueError(f"Thinned: capacity must be at least 1. Got {capacity!r}. Remedy: 1000 suits a plot.")
         self.values: list[T] = []
         self._capacity, self._stride, self._count = capacity, 1, 0
 
@@ -260,7 +260,7 @@ def _read_one(taken: Snapshot, packed: Tensor) -> ReadOut:
     )
 
 
-def inside(optimizer: object) -> Mechanic | None:
+def unwrap(optimizer: object) -> Mechanic | None:
     """Return the mechanized optimizer, which may be this one or inside wrappers around it, or None."""
     while not (optimizer is None or is_mechanized(optimizer)):
         optimizer = getattr(optimizer, "optimizer", None)
@@ -268,7 +268,7 @@ def inside(optimizer: object) -> Mechanic | None:
 
 
 def _mechanized(optimizer: object) -> Mechanic:
-    found = inside(optimizer)
+    found = unwrap(optimizer)
     if found is None:
         raise TypeError(
             f"telemetry: the optimizer must be mechanized. Got {type(optimizer).__name__}. Remedy: build it with "

@@ -34,7 +34,7 @@ def module_of(name, groups=1, optimizers=1):
             self.seen = []
 
         def training_step(self, batch, _):
-            self.seen.append([telemetry.read_out(each) for each in self.trainer.optimizers if telemetry.inside(each)])
+            self.seen.append([telemetry.read_out(each) for each in self.trainer.optimizers if telemetry.unwrap(each)])
             loss = self.net(batch[0]).square().mean()
             self.log("loss", loss.detach())
             if optimizers > 1:

@@ -1,1 +1,1 @@
-"""Callbacks for the training loops of others, one file each, which alone imports what it is for."""
+"""Callbacks for trainers, one file each, which alone imports what it is for."""

@@ -15,7 +15,7 @@ except ImportError:
             "Remedy: pip install 'mechanic-pytorch[lightning]'."
         ) from error
 
-from mechanic_pytorch.telemetry import inside, read_out
+from mechanic_pytorch.telemetry import read_out, unwrap
 
 
 class MechanicMonitor(Callback):
@@ -35,7 +35,7 @@ class MechanicMonitor(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to watch nothing."""
-        if not any(map(inside, trainer.optimizers)):
+        if not any(map(unwrap, trainer.optimizers)):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise TypeError(
                 f"MechanicMonitor: an optimizer must be mechanized. Got {names or 'none'}. Remedy: in "
@@ -46,6 +46,6 @@ class MechanicMonitor(Callback):
         """Log, if it is time."""
         if trainer._logger_connector.should_update_logs:  # what Lightning's own monitors ask
             for i, optimizer in enumerate(trainer.optimizers):
-                if inside(optimizer) is not None:
+                if unwrap(optimizer) is not None:
                     prefix = "mechanic/" if len(trainer.optimizers) == 1 else f"mechanic/{i}/"
                     pl_module.log_dict(read_out(optimizer).scalars(prefix))

@@ -38,7 +38,7 @@ class Rule(NamedTuple):
         self.function(params, grads, *states, *[[]] * self.absent, *steps, **self.options)
 
     def without_decay(self) -> tuple[float | Tensor | None, Rule]:
-        """Return by what part of themselves the weights shrink in a step, and a rule that does not look at weights.
+        """Return the decoupled decay factor, and the rule without decay.
 
         Where decay enters through the gradient there is none, and the rule is this one.
         """

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch.scripts.patch import Built, is_torchs
-from mechanic_pytorch.telemetry import Series, Snapshot, read, snapshot
+from mechanic_pytorch.telemetry import Snapshot, Thinned, read, snapshot
 
 CAPACITY = 1000  # points per curve
 PANELS = 20  # optimizers in the picture
@@ -31,7 +31,7 @@ class Record:
     """The effective lr of one optimizer over its steps, and the loss where a closure returns it. Reads no device."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._rows: Series[tuple[Snapshot, Any]] = Series(CAPACITY)
+        self._rows: Thinned[tuple[Snapshot, Any]] = Thinned(CAPACITY)
         self._seen: list[Any] = []
         optimizer.register_step_pre_hook(self._watch)
         optimizer.register_step_post_hook(self._keep)

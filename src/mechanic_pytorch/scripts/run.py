@@ -146,7 +146,7 @@ def _mechanic() -> None:
     "include",
     multiple=True,
     metavar="NAME",
-    help="Mechanize this class, too: LBFGS, or package.Class of others. May be repeated.",
+    help="Mechanize this class, too: LBFGS, or package.Class. May be repeated.",
 )
 @click.option("--exclude", multiple=True, metavar="NAME", help="Leave this class plain. May be repeated.")
 @click.option(
