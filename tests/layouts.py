@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from counting import Operations
+from benchmarks.counting import Operations
 from mechanic_pytorch import mechanize
 
 STEPS, BATCH = 25, 8

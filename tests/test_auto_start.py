@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim.lr_scheduler import LambdaLR
 
 import oracle
-from counting import Operations
+from benchmarks.counting import Operations
 from device import DEVICE
 from helpers import assert_identical
 from mechanic_pytorch import mechanize

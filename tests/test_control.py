@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import oracle
 from bases import CASES
-from counting import Operations, transient_bytes
+from benchmarks.counting import Operations, transient_bytes
 from device import DEVICE
 from helpers import Graphs, assert_identical, count_a_skipped_step
 from mechanic_pytorch import mechanize

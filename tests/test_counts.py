@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bases import CASES
-from counting import Operations, state_bytes, transient_bytes
+from benchmarks.counting import Operations, state_bytes, transient_bytes
 from device import DEVICE
 from mechanic_pytorch import kernels, mechanize
 from problems import large_params, loss_of, mlp

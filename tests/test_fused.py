@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counting import Operations
+from benchmarks.counting import Operations
 from device import DEVICE
 from helpers import assert_identical, count_a_skipped_step
 from mechanic_pytorch import _fused, kernels, mechanize

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from counting import Operations
+from benchmarks.counting import Operations
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import full_loss, layers, loss_of, mlp, train

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from counting import Operations
+from benchmarks.counting import Operations
 from device import DEVICE
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import ReadOut, Thinned, Trace, read, read_out, snapshot, unwrap

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from counting import Operations
+from benchmarks.counting import Operations
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._watch import FIRST_CHECK as STEPS
 from problems import IMAGES, LABELS, loss_of, mlp, train
