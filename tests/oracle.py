@@ -56,23 +56,33 @@ class AutoOracle:
         self.x = [np.array(xi, dtype=np.float64) for xi in x]
         self.base, self.s_decay, self.beta = base, s_decay, np.array(betas, dtype=np.float64)
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
-        self.reference = flat(self.x)
+        self.reference = [None for _ in self.x]  # until it takes part
         self.pace, self.highest, self.longest = None, 0.0, 0.0
         self.renewed, self.capped = [], 0  # how the scale was learned anew, how often the ceiling held it
+        self.begun = 0  # how often
 
     def step(self, g, lr):
+        """Take gradients, None of what does not take part."""
         before, self.highest = self.highest, max(self.highest, lr)
         self.jump = min(1.0, 2 * before / lr) if lr else 1.0
-        x, gradient = flat(self.x), flat(g)
-        length = 1.0
-        if self.pace is not None:
-            length = self.learn(x, gradient, lr)
+        here = [i for i, gi in enumerate(g) if gi is not None]
+        newcomers = [i for i in here if self.reference[i] is None]
+        for i in newcomers:
+            self.reference[i] = self.x[i]
+        gradient = flat([g[i] for i in here])
+        length = self.learn(here, gradient, lr) if self.pace is not None else 1.0
         u = self.base(self.x, g)
-        if self.pace is None and norm(flat(u)) > 0 and norm(gradient) > 0:
-            self.begin(x, gradient, norm(flat(u)) / lr)
+        measured = newcomers or here
+        u_norm = norm(flat([u[i] for i in measured]))
+        if (self.pace is None or (newcomers and length < 1)) and u_norm > 0 and norm(gradient) > 0:
+            self.begin(flat([self.x[i] for i in measured]), gradient, u_norm / lr)
+            length = 1.0
         self.x = [xi + self.s.sum() * length * ui for xi, ui in zip(self.x, u, strict=True)]
 
     def begin(self, x, g, pace):
+        self.begun += 1
+        self.reference = [None if at is None else xi for at, xi in zip(self.reference, self.x, strict=True)]
+        self.m, self.v, self.r = np.zeros((3, len(self.s)))
         self.pace, self.usual, self.held = pace, norm(g), norm(g)
         self.loudest, self.ceiling, self.lost = 0.0, np.inf, 0.0
         self.longest = norm(x) or 1.0
@@ -80,7 +90,8 @@ class AutoOracle:
         self.s[:] = self.least / self.highest / len(self.s)
         self.peak, self.time, self.is_found = self.s.sum(), 0.0, False
 
-    def learn(self, x, g, lr):
+    def learn(self, here, g, lr):
+        x, reference = (flat([values[i] for i in here]) for values in (self.x, self.reference))
         self.longest = max(self.longest, norm(x))
         self.held = max(norm(g), 0.9 * self.held)
         length = min(1.0, 3 * self.usual / self.held)
@@ -88,7 +99,7 @@ class AutoOracle:
         self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
         if not self.is_found:
             self.r, self.s, self.peak = self.jump * self.r, self.jump * self.s, self.jump * self.peak
-        way, scale = x - self.reference, self.s.sum()
+        way, scale = x - reference, self.s.sum()
         decay = self.s_decay * self.pace * self.highest / self.longest
         h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
@@ -121,7 +132,8 @@ class AutoOracle:
         if self.is_found:
             self.time = max(1.0, self.time) + w
             k = 0.3 if falls else 1.0
-            self.reference = self.reference + w * k / (self.time + k + 7) * way
+            for i in here:
+                self.reference[i] = self.reference[i] + w * k / (self.time + k + 7) * (self.x[i] - self.reference[i])
         return length
 
 

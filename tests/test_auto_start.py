@@ -97,6 +97,55 @@ def test_a_scale_that_was_wrong_is_learned_anew(name):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-7, atol=1e-7 * np.abs(x).max())
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_newcomers_with_a_long_gradient_begin_anew(name):
+    """Parameters take part in turns, the second from step 20 on, the third from step 60 on; one gradient is long."""
+    torch.manual_seed(0)
+    start = [torch.randn(n, dtype=torch.float64).numpy() for n in (5, 3, 4)]
+    params = [torch.tensor(x, requires_grad=True) for x in start]
+    ours = auto(name, params)
+    rules = [oracle.sgd(1.0) if name == "SGD" else oracle.adamw(1.0, weight_decay=0.1) for _ in start]
+
+    def base(x, g):
+        made = zip(rules, x, g, strict=True)
+        return [0 * xi if gi is None else rule([xi], [gi])[0] for rule, xi, gi in made]
+
+    theirs = oracle.AutoOracle(start, base)
+    for t in range(120):
+        factors = (0.1, None, None) if t < 20 else [(0.1, 9.0, None), (None, 9.0, None), (0.1, 3.0, 1.0)][t // 5 % 3]
+        factors = [None if f is None or (i == 2 and t < 60) else f for i, f in enumerate(factors)]
+        for p, f in zip(params, factors, strict=True):
+            p.grad = None if f is None else f * (p.detach() - 3.0)
+        ours.step()
+        theirs.step([None if f is None else f * (x - 3.0) for f, x in zip(factors, theirs.x, strict=True)], 1.0)
+        assert theirs.begun == (1 if t < 20 else 2), "not where the third comes, whose gradient is short"
+        assert (ours.param_groups[0]["mechanic_unit"][5] == 0) == (not theirs.is_found)
+    for p, x in zip(params, theirs.x, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_newcomers_begin_anew_in_their_group_alone(dtype):
+    """The way of a parameter that rests then, begins where it is."""
+    others = []
+    for comes in (False, True):
+        torch.manual_seed(0)
+        first, second, other = (torch.randn(n, dtype=dtype, requires_grad=True) for n in (5, 3, 4))
+        optimizer = auto("momentum", [{"params": [first, second]}, {"params": [other]}], per_group=True)
+        for t in range(21):
+            first.grad = None if comes and t == 20 else 0.1 * (first.detach() - 3)
+            second.grad = 9 * (second.detach() - 3) if comes and t == 20 else None
+            other.grad = other.detach() - 3
+            before = float(optimizer.scale[0]) if t == 20 else 0.0
+            optimizer.step()
+        others.append([other, *(value for key, value in optimizer.param_groups[1].items() if key != "params")])
+        stored = optimizer.state[first]
+        here = first.detach().float() + stored.get("mechanic_compensation", 0.0)
+        assert torch.equal(stored["mechanic_reference"], here) == comes
+        assert (optimizer.scale[0] < 0.01 * before) == comes
+    assert_identical(*others)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_float64_runs_at_any_lr_are_the_same(name):
     weights = {}

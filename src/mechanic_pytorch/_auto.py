@@ -6,7 +6,7 @@ A step is the base's own, S times as long, and nothing else:
 
 S is learned by the bets of Algorithm 1 (`tune`), on D = x - x_ref, the way that the weights have really gone: with
 delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two steps is in D. This file is
-what happens before `tune` (`bet`) and after it (`settle`): six rules that replace the constants of Algorithm 1. They
+what happens before `tune` (`bet`) and after it (`settle`): seven rules that replace the constants of Algorithm 1. They
 are pure functions of numbers, one for each tuner. docs/safety.md gives the reasons, docs/design-notes.md what the
 constants were chosen on.
 
@@ -36,6 +36,10 @@ the part 1 / (steps since then).
 
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
 max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
+
+**Newcomers** (`first_scale`). A step that would be shortened as a bad batch, but in which parameters take part for the
+first time, is another problem, for which the scale of the others may be far too large: layers in turns, or no longer
+frozen. All begins again as at the start, from |u| and |x| of the newcomers; the step is not shortened, and x_ref is x.
 
 **Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base,
 if its updates are in proportion to lr, finds every lr multiplied by one number, and nobody else does. At first that
@@ -213,9 +217,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
     falling = falls(memory, lr).to(scale)
     regained = memory.peak * (REGAINED + falling * (REGAINED_FALLING - REGAINED))
-    shares = (regained / new.scales.shape[-1]).unsqueeze(-1).expand_as(new.scales)
-    nothing = torch.zeros_like(shares)
-    fresh = TunerState(nothing, nothing, nothing, shares)
+    fresh = evenly(regained, like=new)
     new = TunerState(*(torch.where(is_lost.unsqueeze(-1), a, b) for a, b in zip(fresh, new, strict=True)))
     lower = CEILING * loudest
     lower = torch.where(ceiling > 0, torch.minimum(ceiling, lower), lower)
@@ -235,30 +237,49 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
 
 
 def first_scale(
-    state: TunerState, memory: Memory, update: Tensor, bet: Bet, least_ratio: Tensor
-) -> tuple[TunerState, Memory]:
-    """Return the tuner with its first scale, if the step that the base has just made was the first with an update.
+    learned: Learned, memory: Memory, bet: Bet, update: Tensor, weights: Tensor, is_new: Tensor, least_ratio: Tensor
+) -> tuple[Learned, Tensor]:
+    """Return the tuner with a first scale, and which rows have begun again, shape (G,).
+
+    A row gets its first scale if the step that the base has just made was the first with an update. It begins again
+    if parameters took part for the first time in a step that was to be shortened.
 
     Args:
-        state: the vectors, shape (G, n).
+        learned: the tuner after this step.
         memory: what is remembered, with the `highest` lr of now.
-        update: |u|, shape (G,).
         bet: that of this step.
+        update: |u|, shape (G,), of parameters that are new if there are some.
+        weights: |x| of the same.
+        is_new: 1 where there are some, else 0.
         least_ratio: how long the update has to be, in lengths of the weights, to be used.
     """
-    g, x = bet.measured[..., 2].sqrt(), bet.measured[..., 3].sqrt()
-    pace, length = update / bet.lr, torch.where(x > 0, x, 1.0)
-    floor = RELATIVE * length / pace
+    state, length, follow = learned.state, learned.length, learned.follow
+    assert length is not None
+    assert follow is not None
+    g = bet.measured[..., 2].sqrt()
+    pace, longest = update / bet.lr, torch.where(weights > 0, weights, 1.0)
+    floor = RELATIVE * longest / pace
     scale = floor / memory.highest
-    ratio = pace * memory.highest / length
-    seeks = (memory.pace == 0) & (g > 0) & torch.stack([pace, g, x]).isfinite().all(0)
-    begins = seeks & (pace > 0) & scale.isfinite() & (ratio >= least_ratio)
+    ratio = pace * memory.highest / longest
+    is_usable = (g > 0) & torch.stack([pace, g, weights]).isfinite().all(0)
+    seeks = (memory.pace == 0) & is_usable
+    again = (memory.pace > 0) & is_usable & (is_new > 0) & (length < 1)
+    begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio)
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, length, memory.highest, floor, scale, none, g, g, none, none, none)
+    first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, none, none, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
-    share = (scale / state.scales.shape[-1]).unsqueeze(-1)
-    return state._replace(scales=torch.where(begins.unsqueeze(-1), share, state.scales)), memory
+    fresh = evenly(scale, like=state)
+    state = TunerState(*(torch.where(begins.unsqueeze(-1), a, b) for a, b in zip(fresh, state, strict=True)))
+    again = again & begins
+    return Learned(state, memory, torch.where(again, 1.0, length), torch.where(again, 1.0, follow)), again
+
+
+def evenly(scale: Tensor, like: TunerState) -> TunerState:
+    """Return vectors that have seen nothing, with this scale, shape (G,), in equal shares."""
+    shares = (scale / like.scales.shape[-1]).unsqueeze(-1).expand_as(like.scales)
+    nothing = torch.zeros_like(shares)
+    return TunerState(nothing, nothing, nothing, shares)
 
 
 class Rounding(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum, auto
 from typing import Any
 
@@ -59,10 +59,10 @@ class BaseStep:
         self.loss: Any = None
         self.closure = closure
         self.lr_factors: Sequence[float] = ()
+        self.base = base
         self._optimizer = optimizer
         # A function, not a method: where torch.compile breaks a graph, it finds a method again by its name, which is
         # that of the mechanized step.
-        self.base = base
         self._step = unwrapped(base.step)
         self._args, self._kwargs = args, kwargs
         self._scaled_groups: list[tuple[dict[str, Any], float, Any, Any]] = []
@@ -132,22 +132,18 @@ class BaseStep:
             tells_base: whether a base that can is handed `skip`.
         """
         device_skips = skipper is Skipper.DEVICE
-        undone = work.rolled_back_where(skip, self._optimizer.state) if device_skips else nullcontext()
+        undone = work.rolled_back_where(skip) if device_skips else nullcontext()
         found_inf = self._found_inf(skip) if self.reads_found_inf and tells_base else nullcontext()
         with undone, hidden_state(self._optimizer.state), found_inf, self.scaled_lr():
             self.loss = self._step(self._optimizer, *self._args, **self._kwargs)
 
-    @contextmanager
-    def rolled_back_on_error(self, work: Work) -> Iterator[None]:
-        """Put weights and the base's new state back if the block raises.
+    def rolled_back_on_error(self, work: Work) -> AbstractContextManager[None]:
+        """Return a context that puts weights and the base's new state back if its block raises.
 
         State that the base changes in place is put back only if it evaluates its closure again, which costs a copy.
         """
-        params = (
-            [p for group in self._optimizer.param_groups for p in group["params"]] if self._evaluates_again else None
-        )
-        with work.rolled_back_on_error(self._optimizer.state, whole_state_of=params):
-            yield
+        params = [p for group in work.groups for p in group["params"]] if self._evaluates_again else None
+        return work.rolled_back_on_error(whole_state_of=params)
 
     @contextmanager
     def scaled_lr(self) -> Iterator[None]:

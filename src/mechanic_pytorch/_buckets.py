@@ -60,8 +60,13 @@ class Bucket:
     stored: list[Tensor] = field(default_factory=list)  # what is stored under `slot`
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     before: list[Tensor] = field(default_factory=list)  # copies of `locals` from before the base's step, if needed
-    is_new: bool = False  # some parameter takes part for the first time
+    newcomers: list[int] = field(default_factory=list)  # indices of parameters that take part for the first time
     has_new_shapes: bool = False  # some parameter has another shape than what is stored for it
+
+    @property
+    def is_new(self) -> bool:
+        """Whether some parameter takes part for the first time."""
+        return bool(self.newcomers)
 
     def add(self, p: Tensor, grad: Tensor, stored: dict[str, Tensor]) -> None:
         """Take in a parameter with its gradient and what is stored for it."""
@@ -69,7 +74,8 @@ class Bucket:
         start = p.detach() if self.slot == REFERENCE else None
         ours = _stored(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)
         state = {self.slot: ours}
-        self.is_new |= self.slot not in stored
+        if self.slot not in stored:
+            self.newcomers.append(len(self.params))
         self.params.append(p)
         self.state.append(state)
         if is_dtensor(p):
@@ -100,11 +106,14 @@ class Bucket:
         )
         return torch.cat([self.sign * sums[:1], sums[1:]])
 
-    def measure_update(self) -> Tensor:
-        """Return the square of the length of the base's update, four times; shape (4,)."""
+    def measure_update(self, indices: Sequence[int]) -> Tensor:
+        """Return `[|u|^2, <u, x>, |u|^2, |x|^2]` of the base's update of some parameters; shape (4,)."""
         dtype = self.stored[0].dtype
-        u = [x.to(dtype) - x_before.to(dtype) for x, x_before in zip(self.locals, self.before, strict=True)]
-        return self.kernel.measure(u, u, u)
+        if not indices:
+            return self.stored[0].new_zeros(4)
+        x = [self.before[i].to(dtype) for i in indices]
+        u = [self.locals[i].to(dtype) - x_before for i, x_before in zip(indices, x, strict=True)]
+        return self.kernel.measure(x, u, u)
 
     def nonfinite(self) -> Tensor:
         """Return 0, or NaN if a gradient is not finite; shape ()."""
@@ -124,10 +133,12 @@ class Bucket:
 
 @dataclass
 class Work:
-    """What one step works on: buckets, and the shard groups of all parameters, with or without gradient."""
+    """What one step works on, and the shard groups of all parameters, with or without gradient."""
 
     buckets: list[Bucket]
     shard_groups: list[ShardGroups]
+    groups: Sequence[dict[str, Any]]  # the optimizer's parameter groups
+    state: State  # its state
 
     @property
     def is_empty(self) -> bool:
@@ -165,9 +176,36 @@ class Work:
             partial = {shards: unscaled(sums) for shards, sums in partial.items()}
         return sum_over_processes(partial, self.shard_groups)
 
-    def length_of_update(self, like: Tensor) -> Tensor:
-        """Return the length of the update that the base has just made, for each row, shape (G,)."""
-        return self.total(Bucket.measure_update, like=like)[:, 0].sqrt()
+    @property
+    def new_rows(self) -> set[int]:
+        """The rows of the tuner for which some parameter takes part for the first time."""
+        return {bucket.row for bucket in self.buckets if bucket.is_new}
+
+    def first_lengths(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for each row |u| of the update that the base has just made, and |x| before it, shape (G,).
+
+        Where parameters take part for the first time, these are of them alone.
+        """
+        new_rows = self.new_rows
+
+        def measured(bucket: Bucket) -> Tensor:
+            return bucket.measure_update(bucket.newcomers if bucket.row in new_rows else range(len(bucket.params)))
+
+        sums = self.total(measured, like=like).sqrt()
+        return sums[:, 0], sums[:, 3]
+
+    def forget_ways(self, rows: Tensor) -> None:
+        """Let the ways of parameters without a gradient begin where they are, in rows that are true, shape (G,)."""
+        here = {id(p) for bucket in self.buckets for p in bucket.params}
+        for group, row in zip(self.groups, rows.expand(len(self.groups)), strict=True):
+            for p in group["params"]:
+                entry = self.state.get(p, {})
+                if id(p) in here or REFERENCE not in entry or entry[REFERENCE].shape != p.shape:
+                    continue
+                reference, x = local(entry[REFERENCE]), local(p)
+                if COMPENSATION in entry:
+                    x = x.to(reference) + local(entry[COMPENSATION])
+                reference.copy_(torch.where(row.to(reference.device), x.to(reference), reference))
 
     def move(self, scales: Scales) -> None:
         """Rescale the step that the base has made; `scales` have shape (G,)."""
@@ -175,32 +213,31 @@ class Work:
             here = scales.of_row(bucket.row, like=bucket.stored[0])
             bucket.kernel.move(bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, here)
 
-    def commit(self, state: State, record: Callable[[], object]) -> None:
+    def commit(self, record: Callable[[], object]) -> None:
         """Write down a step whose weights have moved, and finish even if interrupted.
 
         Args:
-            state: `optimizer.state`, where the buckets' tensors stay and are changed in place.
             record: what `Tuner.recorded` returned.
         """
         try:
-            self.store(state)
+            self.store()
             record()
         except BaseException:
-            self.store(state)
+            self.store()
             record()
             raise
 
-    def store(self, state: State) -> None:
-        """Put what is to be stored into the optimizer's state."""
+    def store(self) -> None:
+        """Put what is to be stored into the optimizer's state, where it stays and is changed in place."""
         for bucket in self.buckets:
             for p, ours in zip(bucket.params, bucket.state, strict=True):
-                entry = state[p]
+                entry = self.state[p]
                 entry.update(ours)
                 if COMPENSATION not in ours:
                     entry.pop(COMPENSATION, None)  # the parameter has been cast
 
     @contextmanager
-    def rolled_back_on_error(self, state: State, whole_state_of: Sequence[Tensor] | None) -> Iterator[None]:
+    def rolled_back_on_error(self, whole_state_of: Sequence[Tensor] | None) -> Iterator[None]:
         """Put the weights and the base's state back if the block raises.
 
         What the base adds to a parameter's state at its first step is always taken back. State that it changes in place
@@ -210,7 +247,7 @@ class Work:
         guarded = whole_state_of
         if guarded is None:
             guarded = [p for bucket in self.buckets if bucket.is_new for p in bucket.params]
-        saved = {p: copied(state[p]) for p in guarded if p in state}
+        saved = {p: copied(self.state[p]) for p in guarded if p in self.state}
         try:
             yield
         except BaseException:
@@ -219,20 +256,20 @@ class Work:
                     torch._foreach_copy_(bucket.locals, bucket.before)
             for p in guarded:
                 if p in saved:
-                    state[p] = saved[p]
+                    self.state[p] = saved[p]
                 else:
-                    state.pop(p, None)
+                    self.state.pop(p, None)
             raise
 
     @contextmanager
-    def rolled_back_where(self, skip: Tensor, state: State) -> Iterator[None]:
+    def rolled_back_where(self, skip: Tensor) -> Iterator[None]:
         """Roll weights and state back on the device where `skip` is true. No sync; it costs a copy of them.
 
         State that the block creates becomes 0 there, as bases have it at their start.
         """
         for bucket in self.buckets:
             bucket.before = bucket.before or [x.clone() for x in bucket.locals]
-        states = [state[p] for bucket in self.buckets for p in bucket.params]
+        states = [self.state[p] for bucket in self.buckets for p in bucket.params]
         saved = [{key: value.clone() for key, value in one.items() if isinstance(value, Tensor)} for one in states]
         yield
         for bucket in self.buckets:
@@ -277,7 +314,7 @@ def gather(groups: Sequence[dict[str, Any]], state: State, config: Config, *, ma
             fits = all(key not in stored or stored[key].shape == p.shape for key in (bucket.slot, COMPENSATION))
             bucket.has_new_shapes |= not fits
             bucket.add(p, grad, stored if fits else {})
-    return Work(list(buckets.values()), list(all_groups))
+    return Work(list(buckets.values()), list(all_groups), groups, state)
 
 
 def _stored(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:

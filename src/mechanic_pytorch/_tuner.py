@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechanic_pytorch import _auto
 from mechanic_pytorch._auto import Bet, Learned, Memory, Rounding
+from mechanic_pytorch._buckets import Work
 from mechanic_pytorch._config import Config, TunerState
 from mechanic_pytorch._torch import lrs
 
@@ -285,17 +286,26 @@ class Tuner:
         learned = _auto.settle(bet, new, bet.memory)
         return learned._replace(state=_auto.bounded(learned.state, limit))
 
-    def first_scale(self, learned: Learned, update: Tensor, bet: Bet, *, can_sync: bool) -> Learned:
-        """Return the same with the first scales, where the base has just made its first update, of length `update`."""
-        if learned.memory is None:
+    def first_scale(self, learned: Learned, work: Work, bet: Bet, *, can_sync: bool) -> Learned:
+        """Return the same with a first scale, in rows whose first update the base has just made, or that begin again.
+
+        Rows begin again where parameters that are new bring a gradient too long for the scale of the others.
+        """
+        # Of several processes, some may have no newcomers, and would not take part in the sum.
+        if learned.memory is None or (any(work.shard_groups) and not self.seeks):
             return learned
         can_grow = self._is_proportional and can_sync
         least = [
             Rounding.of(p for group in groups for p in group["params"]).least_ratio(abs(row[LR_LIMIT])) * can_grow
             for row, groups in zip(self.rows, self.members, strict=True)
         ]
-        state, memory = _auto.first_scale(learned.state, learned.memory, update, bet, update.new_tensor(least))
-        return learned._replace(state=_auto.bounded(state, self._scale_limit(bet.lr)), memory=memory)
+        update, weights = work.first_lengths(like=bet.measured)
+        is_new = update.new_tensor([float(i in work.new_rows) for i in range(len(update))])
+        learned, again = _auto.first_scale(
+            learned, learned.memory, bet, update, weights, is_new, update.new_tensor(least)
+        )
+        work.forget_ways(again)
+        return learned._replace(state=_auto.bounded(learned.state, self._scale_limit(bet.lr)))
 
     @property
     def _memory(self) -> Memory:

@@ -238,10 +238,10 @@ class Mechanic(Optimizer):
         # Base step and move.
         with base.rolled_back_on_error(work):
             advance.step(skip, skipper)
-            if tuner.seeks:
-                learned = tuner.first_scale(learned, work.length_of_update(dots), bet, can_sync=base.can_sync)
+            if tuner.seeks or work.is_new:
+                learned = tuner.first_scale(learned, work, bet, can_sync=base.can_sync)
             advance.move(learned.scales(old), skip)
-        work.commit(self.state, tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned))
+        work.commit(tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned))
         self._mechanic_watch.after_step(tuner, work, skip, can_sync=base.can_sync)
         return base.loss
 
@@ -259,7 +259,7 @@ class Mechanic(Optimizer):
         lr = tuner.largest_lr(base.lr_factors, like=scale)
         base.lr_factors = [a * b for a, b in zip(base.lr_factors, tuner.frozen_scales(), strict=True)]
         base.call(work, skip, skipper, tells_base=is_told)
-        work.commit(self.state, tuner.recorded(scale, lr, skip, unchanged=skip))
+        work.commit(tuner.recorded(scale, lr, skip, unchanged=skip))
         self._mechanic_watch.after_frozen_step(tuner, work)
         return base.loss
 

@@ -63,7 +63,7 @@ def test_resumes_in_new_processes_as_if_never_interrupted(outcomes, framework, r
 def test_what_would_be_silently_wrong_is_refused(outcomes):
     """Parts of larger tensors whose group was not named, and a framework that steps through them in turn."""
     for fsdp1, zero1, zero3 in outcomes("refusals", "refused", 0):
-        rule = "process_group must be given for parameters that are parts of larger ones. Got None and parameters cut "
+        rule = "process_group must be given for parameters that are shards of larger ones. Got None and parameters cut "
         assert fsdp1.startswith(f"MechanizedSGD: {rule}by FSDP1. Remedy: mechanize(..., process_group=")
         assert zero1.startswith(f"MechanizedAdamW: {rule}by DeepSpeed. Remedy: mechanize(..., process_group=")
         assert zero3.startswith("MechanizedAdamW: all parameters must be stepped together. Got those of DeepSpeed's")
