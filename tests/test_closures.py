@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bases import CASES
 from helpers import assert_identical
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
-from problems import closure_of, loss_of, mlp, train
+from problems import IMAGES, LABELS, closure_of, full_loss, loss_of, mlp, train
 
 
 def snapshot(model, optimizer):
@@ -43,12 +44,32 @@ def test_lbfgs_gets_the_evaluations_that_it_asks_for():
     counts = []
     for wrap in (lambda base: base, mechanize):
         model = mlp()
-        optimizer = wrap(torch.optim.LBFGS)(model.parameters(), lr=1.0, max_iter=5)
+        optimizer = wrap(torch.optim.LBFGS)(model.parameters(), lr=1.0, max_iter=5, line_search_fn="strong_wolfe")
         calls = []
         optimizer.step(closure_of(model, optimizer, 0, lambda calls=calls: calls.append(torch.is_grad_enabled())))
         counts.append(calls)
     assert counts[0] == counts[1] == [True] * len(counts[0])
     assert len(counts[0]) > 1
+
+
+@pytest.mark.parametrize("s_init", [1e-8, "auto"])
+def test_lbfgs_trains_or_is_refused(s_init):
+    """Its defaults are 20 iterations a step and no line search: from there it ran to 1e17 and beyond."""
+    kind = mechanize(torch.optim.LBFGS, s_init=s_init)
+    with pytest.raises(ValueError, match=r"Got line_search_fn=None and max_iter=20\. Remedy: max_iter=1; or"):
+        kind(mlp().parameters())
+    model = mlp()
+    optimizer = kind(model.parameters(), max_iter=1)
+    for _ in range(100):
+        optimizer.step(lambda: full_gradient(model, optimizer))
+    assert full_loss(model) < 0.1
+
+
+def full_gradient(model, optimizer):
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(IMAGES), LABELS)
+    loss.backward()
+    return loss
 
 
 def test_lbfgs_without_a_closure_says_what_the_plain_one_says():
@@ -196,7 +217,8 @@ def test_the_lr_in_a_closure_a_hook_and_a_log_is_the_users(base, s_init):
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
 def test_an_lr_that_a_closure_sets_stays(base):
     model, calls = mlp(), []
-    optimizer = mechanize(base, s_init="auto")(model.parameters(), lr=1e-3)
+    options = {"max_iter": 4, "line_search_fn": "strong_wolfe"} if base is torch.optim.LBFGS else {}
+    optimizer = mechanize(base, s_init="auto")(model.parameters(), lr=1e-3, **options)
 
     def set_lr():
         calls.append(None)

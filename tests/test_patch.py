@@ -172,7 +172,7 @@ def test_lbfgs_is_mechanized_only_if_named():
         assert type(torch.optim.LBFGS(weights())) is torch.optim.LBFGS
     assert "owns its steps" in built[0].reason
     with patched(include=["LBFGS"]):
-        assert is_mechanized(torch.optim.LBFGS(weights()))
+        assert is_mechanized(torch.optim.LBFGS(weights(), max_iter=1))
 
 
 def test_what_mechanize_refuses_stays_plain_and_works():

@@ -314,7 +314,7 @@ def test_options_reach_the_tuner(script, run):
     path = script(
         "import torch\n"
         "p = [torch.zeros(3, requires_grad=True)]\n"
-        "for o in (torch.optim.SGD(p, lr=0.5), torch.optim.Adam(p), torch.optim.LBFGS(p)):\n"
+        "for o in (torch.optim.SGD(p, lr=0.5), torch.optim.Adam(p), torch.optim.LBFGS(p, max_iter=1)):\n"
         "    c = getattr(o, 'mechanic_config', None)\n"
         "    config = c and (c.s_init, c.s_decay, c.betas, c.eps, c.skip_nonfinite, c.log_every)\n"
         "    config = c and (*config, c.max_lr, c.per_group)\n"

@@ -37,7 +37,7 @@ INFOS = {info.name: info for info in TABLE.optim_db}
 # The default, 1e-8 times an lr of the table, which suits the plain base, is too small for so few steps.
 TUNERS = {"auto": {"s_init": "auto"}, "number": {"s_init": 1e-4}, "per_group": {"s_init": "auto", "per_group": True}}
 STEPS = {"auto": 24, "number": 42, "per_group": 24}
-ALWAYS = {"LBFGS": {"line_search_fn": "strong_wolfe", "max_iter": 4}}  # it may diverge without: docs/limits.md
+ALWAYS = {"LBFGS": {"line_search_fn": "strong_wolfe", "max_iter": 4}}  # it is refused without: docs/limits.md
 
 
 def cases(condition=lambda info: True, tuners=TUNERS):
@@ -207,7 +207,8 @@ def test_raises_what_the_plain_base_raises(info, tuner):
         given, on_step = error.optimizer_error_input, error.error_on == TABLE.OptimizerErrorEnum.STEP_ERROR
         params = [torch.ones(2, 2, requires_grad=True)] if given.params is None else given.params
         for base in (info.optim_cls, mechanize(info.optim_cls, **TUNERS[tuner])):
-            step = base(params, **given.kwargs).step if on_step else functools.partial(base, params, **given.kwargs)
+            kwargs = {**ALWAYS.get(info.name, {}), **given.kwargs}
+            step = base(params, **kwargs).step if on_step else functools.partial(base, params, **kwargs)
             with pytest.raises(error.error_type, match=error.error_regex):
                 step()
     if "differentiable" in info.supported_impls:

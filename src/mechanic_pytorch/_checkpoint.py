@@ -35,7 +35,8 @@ def check_group(who: str, group: dict[str, Any]) -> None:
     """Refuse what cannot work.
 
     Raises:
-        ValueError: `differentiable=True`, or a `DTensor` that holds partial sums.
+        ValueError: `differentiable=True`; a `DTensor` that holds partial sums; several iterations a step without a line
+            search (LBFGS).
         TypeError: weights of a class without copies and differences, such as 8-bit ones.
     """
     if any(placement.is_partial() for p in group["params"] for placement in getattr(p, "placements", ())):
@@ -46,6 +47,12 @@ def check_group(who: str, group: dict[str, Any]) -> None:
     for p in group["params"]:
         if type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p):
             _check_arithmetic(who, p)
+    if group.get("line_search_fn", "") is None and group.get("max_iter", 1) > 1:
+        raise ValueError(
+            f"{who}: several iterations a step need a line search, because LBFGS takes it for granted that its own "
+            f"last step was made, and diverges. Got line_search_fn=None and max_iter={group['max_iter']}. Remedy: "
+            "max_iter=1; or line_search_fn='strong_wolfe' with a max_iter of about 4; or the plain LBFGS."
+        )
     if group.get("differentiable"):
         raise ValueError(
             f"{who}: differentiable must be False. Got True. Remedy: use the plain base to differentiate through "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copyreg
+import functools
+import inspect
+import typing
 from collections.abc import Callable
-from functools import cache
+from dataclasses import fields, replace
 from itertools import count
 from threading import Lock
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -44,10 +48,65 @@ def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type
         "__qualname__": name if of_torch else f"{name}_{next(_serial_number)}",
         "mechanic_config": config,
         "mechanic_base": base,
+        "__init__": _init(mixin, base, config),
         "_mechanic_made_from": (mixin, base, config),
     }
     metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
     return metaclass(name, (mixin, base), body)  # type: ignore[no-any-return]
+
+
+# By which name each option is passed to a mechanized class: its own are the base's (Adam has betas and an eps).
+_OPTIONS = {f"mechanic_{option.name}": option.name for option in fields(Config)}
+
+
+def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Callable[..., None]:
+    """Return an `__init__` that takes the options of `mechanize`, too, under names that begin with `mechanic_`.
+
+    An object that is built with such options is of the class that `mechanize` makes for them.
+    """
+
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # it becomes one
+        who, cls = type(self).__name__, type(self)
+        for key in [key for key in kwargs if key.startswith("mechanic_") and key not in _OPTIONS]:
+            raise TypeError(f"{who}: {key!r} is no option of mechanize. Remedy: pass one of {', '.join(_OPTIONS)}.")
+        for key in [key for key in kwargs if f"mechanic_{key}" in _OPTIONS and not _takes(base, key)]:
+            raise TypeError(
+                f"{who}: {base.__name__} takes no {key!r}, which is an option of mechanize. Remedy: pass it as "
+                f"mechanic_{key}, or to mechanize({base.__name__}, {key}={kwargs[key]!r})."
+            )
+        options = {_OPTIONS[key]: kwargs.pop(key) for key in list(kwargs) if key in _OPTIONS}
+        if options and "_mechanic_made_from" not in vars(cls):
+            raise TypeError(
+                f"{who}: a class that is derived from a mechanized one cannot take options of mechanize. Got "
+                f"{', '.join(options)}. Remedy: derive it from mechanize({base.__name__}, ...) with these options."
+            )
+        if options:
+            self.__class__ = class_for(mixin, base, replace(config, **options))
+        super(mixin, self).__init__(*args, **kwargs)
+
+    made: Any = __init__
+    made.__signature__ = _signature(base, config)
+    made.__annotations__ = {p.name: p.annotation for p in made.__signature__.parameters.values()}
+    return __init__
+
+
+def _takes(base: type[Optimizer], key: str) -> bool:
+    parameters = inspect.signature(base).parameters
+    return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _signature(base: type[Optimizer], config: Config) -> inspect.Signature:
+    """Return the base's signature with the options, whose defaults are those of the class."""
+    signature = inspect.signature(base.__init__)
+    types = typing.get_type_hints(Config, localns={"ProcessGroup": Any})
+    options = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(config, name), annotation=types[name])
+        for key, name in _OPTIONS.items()
+    ]
+    parameters = list(signature.parameters.values())
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    return signature.replace(parameters=[*(p for p in parameters if p not in rest), *options, *rest])
 
 
 def class_named(qualname: str) -> type[Optimizer] | None:
@@ -55,7 +114,7 @@ def class_named(qualname: str) -> type[Optimizer] | None:
     return next((cls for cls in list(_made.values()) if cls.__qualname__ == qualname), None)
 
 
-@cache
+@functools.cache
 def _metaclass(base_metaclass: type) -> type:
     """Return a metaclass by which pickle knows the classes made here."""
     metaclass = type("MechanizedType", (base_metaclass,), {"__module__": __name__})

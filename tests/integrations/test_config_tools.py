@@ -1,7 +1,10 @@
 """Mechanized optimizers in configuration files and in tools that ship code: by name, by signature, by cloudpickle."""
 
+import ast
+import dataclasses
 import importlib
 import inspect
+import json
 import pickle
 import pydoc
 import re
@@ -11,9 +14,13 @@ import sys
 import cloudpickle
 import hydra.utils
 import jsonargparse
+import lightning.pytorch
 import pytest
+import pytorch_optimizer
 import torch
+from lightning.pytorch.cli import LightningCLI
 
+import mechanic_pytorch.optim
 from helpers import environment_of_tests
 from mechanic_pytorch import is_mechanized, mechanize
 from problems import mlp, train
@@ -74,11 +81,17 @@ def test_the_name_resolves_in_a_new_process():
 
 
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.LBFGS])
-def test_the_signature_is_that_of_the_base(base):
+def test_the_signature_is_that_of_the_base_and_the_options(base):
     """Tools learn from it which options there are, their types and their defaults."""
-    assert inspect.signature(mechanize(base)) == inspect.signature(base)
-    assert inspect.signature(mechanize(base).__init__) == inspect.signature(base.__init__)
-    assert inspect.getfullargspec(mechanize(base)) == inspect.getfullargspec(base)
+    for ours, theirs in [(mechanize(base), base), (mechanize(base).__init__, base.__init__)]:
+        parameters = list(inspect.signature(ours).parameters.values())
+        count = len(inspect.signature(theirs).parameters)
+        assert parameters[:count] == list(inspect.signature(theirs).parameters.values())
+        assert [(p.name, p.default) for p in parameters[count:]] == [
+            (f"mechanic_{option.name}", option.default)
+            for option in dataclasses.fields(mechanize(base).mechanic_config)
+        ]
+    assert inspect.signature(mechanize(base, max_lr=0.1)).parameters["mechanic_max_lr"].default == 0.1
 
 
 def test_the_class_can_be_found_by_the_name_it_bears():
@@ -95,6 +108,129 @@ def test_the_name_that_a_class_bears_never_means_another_class():
         except AttributeError:
             continue  # no name is fine
         assert found is cls
+
+
+# --- options of mechanize, with those of the base ---------------------------------------------------------------------
+
+FLAT = {"mechanic_s_init": "auto", "mechanic_betas": [0.9, 0.99], "mechanic_max_lr": 0.01, "mechanic_per_group": True}
+THE_CLASS = mechanize(torch.optim.AdamW, s_init="auto", betas=(0.9, 0.99), max_lr=0.01, per_group=True)
+
+
+def test_the_object_is_of_the_class_that_mechanize_makes():
+    params = list(mlp().parameters())
+    optimizer = mechanize(torch.optim.AdamW)(params, **OPTIONS, **FLAT)
+    assert type(optimizer) is THE_CLASS
+    assert list(optimizer.param_groups[0]["betas"]) == OPTIONS["betas"], "Adam's own"
+    assert type(pickle.loads(pickle.dumps(optimizer))) is THE_CLASS
+    again = mechanize(torch.optim.AdamW, max_lr=0.01, eps=1e-6)(params, lr=1.0, mechanic_eps=1e-8, mechanic_s_decay=0)
+    assert type(again) is mechanize(torch.optim.AdamW, max_lr=0.01, s_decay=0.0), "what is not given is the class's"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mechanic_max_lr": -1}, ValueError, r"mechanize: max_lr must be None or a finite number > 0\. Got -1"),
+        (
+            {"mechanic_maxlr": 1},
+            TypeError,
+            r"'mechanic_maxlr' is no option of mechanize\. Remedy: pass one of .*_max_lr",
+        ),
+        ({"s_init": "auto"}, TypeError, r"pass it as mechanic_s_init, or to mechanize\(AdamW, s_init='auto'\)"),
+        ({"learning_rate": 1}, TypeError, "unexpected keyword argument 'learning_rate'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_mistakes_are_refused_with_the_place_of_the_option(options, error, message):
+    with pytest.raises(error, match=message):
+        mechanize(torch.optim.AdamW)([torch.zeros(1, requires_grad=True)], lr=1.0, **options)
+
+
+def test_a_class_that_is_derived_says_where_its_options_belong():
+    class Derived(mechanize(torch.optim.AdamW)):
+        pass
+
+    params = [torch.zeros(1, requires_grad=True)]
+    assert type(Derived(params, lr=1.0)) is Derived
+    with pytest.raises(TypeError, match=r"Remedy: derive it from mechanize\(AdamW, \.\.\.\)"):
+        Derived(params, lr=1.0, mechanic_max_lr=0.1)
+
+
+def by_sd_scripts(params):
+    """As kohya's sd-scripts reads `--optimizer_type` and `--optimizer_args`, imitated."""
+    arguments = ["weight_decay=0.1", "betas=(0.8,0.99)", *(f"{key}={value!r}" for key, value in FLAT.items())]
+    options = {key: ast.literal_eval(value) for key, value in (argument.split("=") for argument in arguments)}
+    module, name = NAME.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)(params, lr=1.0, **options)
+
+
+def by_litgpt(params):
+    """As litgpt instantiates an optimizer, imitated: it drops what the signature does not have."""
+    cls = by_importlib(NAME)
+    wanted = {**OPTIONS, **FLAT, "fused_backward": True}
+    return cls(params, **{key: value for key, value in wanted.items() if key in inspect.signature(cls).parameters})
+
+
+def by_torchtune(params):
+    """As torchtune instantiates `_component_`, imitated."""
+    config = {"_component_": NAME, **OPTIONS, **FLAT}
+    return by_importlib(config.pop("_component_"))(params, **config)
+
+
+def by_hydra(params):
+    return hydra.utils.instantiate({"_target_": NAME, **OPTIONS, **FLAT}, params)
+
+
+def by_jsonargparse(params):
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in {**OPTIONS, **FLAT}.items()}
+    arguments = [f"--optimizer.{key}={value}" for key, value in values.items()]
+    config = new_parser().parse_args([f"--optimizer={NAME}", *arguments])
+    written = new_parser().parse_string(new_parser().dump(config))
+    return instantiate_class(params, written.optimizer.as_dict())
+
+
+@pytest.mark.parametrize("tool", [by_sd_scripts, by_litgpt, by_torchtune, by_hydra, by_jsonargparse])
+def test_a_tool_passes_options(tool):
+    optimizer = tool(mlp().parameters())
+    assert type(optimizer) is THE_CLASS
+    assert optimizer.defaults["weight_decay"] == 0.1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about how Lightning calls it
+def test_the_real_lightning_cli_passes_options(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # it warns of other arguments
+
+    class Module(lightning.pytorch.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+    arguments = [f"--optimizer={NAME}", "--optimizer.lr=1.0", "--optimizer.mechanic_s_init=auto"]
+    cli = LightningCLI(Module, run=False, save_config_callback=None, seed_everything_default=False, args=arguments)
+    built = cli.model.configure_optimizers()
+    assert type(built) is mechanize(torch.optim.AdamW, s_init="auto")
+
+
+THIRD_PARTY = "mechanic_pytorch.optim.pytorch_optimizer.Lion"
+
+
+@pytest.mark.parametrize("resolve", [pydoc.locate, by_importlib, hydra.utils.get_class])
+def test_any_optimizer_is_found_by_its_dotted_name(resolve):
+    assert resolve(THIRD_PARTY) is mechanize(pytorch_optimizer.Lion)
+    assert resolve("mechanic_pytorch.optim.torch.optim.SGD") is mechanize(torch.optim.SGD)
+    assert mechanic_pytorch.optim.AdamW is mechanize(torch.optim.AdamW), "a module named torch in there hides nothing"
+
+
+def test_jsonargparse_finds_a_third_party_optimizer():
+    arguments = [f"--optimizer={THIRD_PARTY}", "--optimizer.lr=1.0", "--optimizer.mechanic_s_init=auto"]
+    config = new_parser().parse_args(arguments)
+    optimizer = instantiate_class(mlp().parameters(), config.optimizer.as_dict())
+    assert type(optimizer) is mechanize(pytorch_optimizer.Lion, s_init="auto")
+
+
+@pytest.mark.parametrize("name", ["pytorch_optimizer.Lionn", "pytorch_optimizer.load_optimizer", "not_there.Lion"])
+def test_a_wrong_dotted_name_is_told_as_wrong(name):
+    with pytest.raises((AttributeError, ModuleNotFoundError), match=name.rpartition(".")[2] + "|not_there"):
+        by_importlib(f"mechanic_pytorch.optim.{name}")
 
 
 # --- hydra ------------------------------------------------------------------------------------------------------------
