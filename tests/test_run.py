@@ -5,12 +5,14 @@ import inspect
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
 import types
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -140,6 +142,30 @@ def test_the_end_is_the_scripts_own_and_the_report_comes_first(script, run, end)
     assert re.search(r"AdamW\W+20\W+0\W+0\W+1\.0e-03\W+" + ADVICE.search(report)[2], report)
 
 
+def test_strict_fails_where_nothing_was_mechanized(script, run):
+    assert run(*COMMAND, "--strict", script(TRAINING)).returncode == 0
+    done = run(*COMMAND, "--strict", "--exclude", "AdamW", script(TRAINING), check=1)
+    assert done.stdout == "trained\n"
+    assert "mechanic: --strict: no mechanized optimizer has made a step." in done.stderr
+    assert run(*COMMAND, "--strict", script("import sys; sys.exit(3)"), check=3), "the script's own status stays"
+
+
+def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FLUSH_SECONDS", 0.0)
+    options = {"over_world": False, "log_every": 0, "directory": tmp_path, "facts": {"command": ["x.py"]}}
+    patch = command._ScriptPatch(None, (), (), {}, **options)
+    with command.patching(patch):
+        p = torch.ones(3, requires_grad=True)
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        for step in range(1, 4):
+            p.grad = p.detach().clone()
+            optimizer.step()
+            report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+            assert (report["outcome"], report["command"]) == ("running", ["x.py"])
+            assert [point[0] for point in report["optimizers"][0]["effective_lr"]][-1] >= step - 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
 def test_a_syntax_error_is_shown_as_python_shows_it(script):
     path = script("x = (\n")
     plain, ours = python(path, check=1), python(*COMMAND, path, check=1)
@@ -192,7 +218,7 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
 
 def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(command, "show", lambda built: (signal.raise_signal(signal.SIGINT), print("shown")))
-    command._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[]), directory=None), "finished")
+    command._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[], directory=None)), "finished")
     assert capsys.readouterr().out == "shown\n"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -205,7 +231,7 @@ def test_the_report_comes_after_what_the_script_has_printed_where_both_go_to_one
         done = python(*COMMAND, path, capture_output=False, stdout=log, stderr=log, env=environment)
     lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert done.returncode == 0
-    assert lines[0] == "trained"
+    assert lines[:2] == ["mechanic: AdamW is mechanized, s_init=auto, 1 parameter group", "trained"]
     assert ADVICE.match(lines[-1])
     assert max(map(len, lines)) <= 80
 
@@ -343,7 +369,7 @@ def test_options_reach_the_tuner(script, run):
         "torch.optim.Adam",
     ]
     done = run(*COMMAND, *options, path)
-    config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 2, 3.0, True)"
+    config = "(1e-06, 0.1, (0.9, 0.99), 1e-09, False, 0, 3.0, True)"  # the command logs by itself
     assert done.stdout.splitlines() == [
         f"MechanizedSGD {config} 2.0",
         "Adam None 0.001",
@@ -361,7 +387,8 @@ def test_optimizers_of_others_are_reported_and_may_be_named(script, run):
     assert done.stderr.splitlines() == [NOTHING, f"mechanic: Mine was left as it is: {reason}"]
     done = run(*COMMAND, "--optimizer", "__main__.Mine", "--log-every", "10", path)
     assert ADVICE.findall(done.stderr)[0][0] == "Mine"
-    assert re.findall(r"^mechanic: step (\d+): scale \d", done.stderr, re.MULTILINE) == ["10", "20"]
+    logged = re.findall(r"^mechanic: Mine, step (\d+): effective lr \d\.\d\de-\d\d$", done.stderr, re.MULTILINE)
+    assert logged == ["10", "20"]
 
 
 def test_a_scale_per_group_is_printed_and_reported_per_group(script, run):
@@ -372,8 +399,9 @@ def test_a_scale_per_group_is_printed_and_reported_per_group(script, run):
         )
     )
     done = run(*COMMAND, "--per-group", "--log-every", "20", path)
-    ((_, scales),) = re.findall(r"^mechanic: step (20): scale (.+)$", done.stderr, re.MULTILINE)
-    a, b = map(float, scales.split(", "))
+    assert "mechanic: AdamW is mechanized, s_init=auto, 2 parameter groups\n" in done.stderr
+    (lrs,) = re.findall(r"^mechanic: AdamW, step 20: effective lr (.+)$", done.stderr, re.MULTILINE)
+    a, b = map(float, lrs.split(", "))
     assert a != b
     assert re.search(r"use AdamW with lr=\S+ in group 0, lr=\S+ in group 1$", done.stderr, re.MULTILINE)
 
@@ -431,7 +459,7 @@ def test_all_processes_are_mechanized_or_none(monkeypatch, launcher):
     if launcher is not None:
         monkeypatch.setenv(launcher, "1")
     assert command._reports() == (launcher is None)
-    patch = command._ScriptPatch(None, (), (), {}, over_world=False, records_curves=False)
+    patch = command._ScriptPatch(None, (), (), {}, over_world=False, log_every=0, directory=None, facts={})
     assert patch.reason_against(torch.optim.SGD) is None
     monkeypatch.setattr(command, "_world_size", lambda: 2)
     reason = patch.reason_against(torch.optim.SGD)
@@ -546,6 +574,11 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path, run):
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["command"] == [str(path), "--x"]
     assert report["outcome"] == "SystemExit: 4"
+    assert report["schema"] == 1
+    assert report["seconds"] > 0
+    assert datetime.fromisoformat(report["started"]).tzinfo is not None
+    assert report["options"]["s_init"] == "auto", "so that the run can be repeated"
+    assert report["versions"]["python"] == platform.python_version()
     assert report["versions"]["torch"] == torch.__version__
     adamw, sgd, lbfgs = report["optimizers"]
     assert (adamw["class"], adamw["mechanized"], adamw["steps"], adamw["skipped_steps"]) == (

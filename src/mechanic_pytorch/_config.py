@@ -146,7 +146,7 @@ class Config:
     log_every: int = _option(
         0,
         partial(_count, rule="an integer >= 0", remedy="0 never logs"),
-        help="Print the scale every so many steps.",
+        help="Print the effective learning rate every so many steps.",
         is_shared=False,
     )
     skip_nonfinite: bool = _option(True, _flag, help="Skip steps whose gradient is inf or nan.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import platform
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -165,10 +166,7 @@ def write(
     picture, log = directory / "effective_lr.png", directory / "tensorboard"
     for old in (picture, *log.glob("events.out.tfevents.*")):
         old.unlink(missing_ok=True)
-    optimizers = [_as_json(one, name, records.get(one)) for one, name in names(built).items()]
-    versions = {"mechanic_pytorch": version("mechanic-pytorch"), "torch": torch.__version__}
-    text = json.dumps(_finite({**facts, "versions": versions, "optimizers": optimizers}), indent=2, allow_nan=False)
-    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+    optimizers = write_json(directory, built, records, facts)
     recorded = [one for one in optimizers if one["effective_lr"]]
     if not recorded:
         return ["no picture: no step was recorded, as those of a compiled optimizer.step are not"]
@@ -177,6 +175,20 @@ def write(
     if len(recorded) > PANELS:
         problems.append(f"the picture shows the first {PANELS} optimizers of {len(recorded)}; report.json has all")
     return problems
+
+
+def write_json(
+    directory: Path, built: Sequence[Built], records: Mapping[Built, Record], facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Write report.json, in the place of an earlier one, whole or not at all; return what it holds of optimizers."""
+    optimizers = [_as_json(one, name, records.get(one)) for one, name in names(built).items()]
+    versions = {"mechanic_pytorch": version("mechanic-pytorch"), "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    text = json.dumps(_finite({**facts, "versions": versions, "optimizers": optimizers}), indent=2, allow_nan=False)
+    new = directory / ".report.json"
+    new.write_text(text + "\n", encoding="utf-8")
+    new.replace(directory / "report.json")
+    return optimizers
 
 
 def _as_json(one: Built, name: str, record: Record | None) -> dict[str, Any]:

@@ -7,14 +7,17 @@ reaches the interpreter as if the script had been started by it.
 from __future__ import annotations
 
 import builtins
+import itertools
 import os
 import runpy
 import signal
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from datetime import datetime
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,20 +29,36 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
+from mechanic_pytorch._torch import can_sync
+from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
-from mechanic_pytorch.scripts.report import Record, show, write
+from mechanic_pytorch.scripts.report import Record, show, write, write_json
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 
 
-class _ScriptPatch(Patch):
-    """What the command asks of the optimizers that a script builds."""
+FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
 
-    def __init__(self, *of_patch: Any, over_world: bool, records_curves: bool) -> None:
+
+class _ScriptPatch(Patch):
+    """What the command asks of the optimizers that a script builds.
+
+    Args:
+        of_patch: as for `Patch`.
+        over_world: whether all processes hold one model.
+        log_every: print the effective lr every so many steps of each optimizer; 0 never does.
+        directory: of the report, or None.
+        facts: what else the report holds.
+    """
+
+    def __init__(
+        self, *of_patch: Any, over_world: bool, log_every: int, directory: Path | None, facts: dict[str, Any]
+    ) -> None:
         super().__init__(*of_patch)
         self.records: dict[Built, Record] = {}
-        self._over_world = over_world
-        self._records_curves = records_curves
+        self.directory, self.facts = directory, facts
+        self._over_world, self._log_every = over_world, log_every
+        self._start = self._written = time.monotonic()
         self._was_launched = _rank() is not None
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
@@ -59,10 +78,40 @@ class _ScriptPatch(Patch):
         return super().mechanized(base)
 
     def add(self, optimizer: Optimizer, one: Built) -> None:
-        """Begin its curves, too."""
+        """Say that it was built, and begin its curves and its log."""
         super().add(optimizer, one)
-        if one.is_mechanized and self._records_curves and _reports():
+        if not (isinstance(optimizer, Mechanic) and _reports()):
+            return
+        count = len(optimizer.param_groups)
+        groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
+        _say(f"{one.base.__name__} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        if self.directory is not None:
             self.records[one] = Record(optimizer)
+            optimizer.register_step_post_hook(self._flush)
+        if self._log_every:
+            optimizer.register_step_post_hook(self._logging(one.base.__name__))
+
+    def facts_now(self, outcome: str) -> dict[str, Any]:
+        """Return what the report holds beside the optimizers."""
+        return {**self.facts, "outcome": outcome, "seconds": round(time.monotonic() - self._start, 1)}
+
+    def _flush(self, optimizer: Optimizer, *_: Any) -> None:
+        """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
+        if self.directory is None or time.monotonic() - self._written < FLUSH_SECONDS or not can_sync(optimizer):
+            return
+        self._written = time.monotonic()
+        with suppress(OSError):  # of a full disk the end of the run will tell
+            write_json(self.directory, self.built, self.records, self.facts_now("running"))
+
+    def _logging(self, name: str) -> Callable[..., None]:
+        steps = itertools.count(1)
+
+        def log(optimizer: Mechanic, *_: Any) -> None:
+            if next(steps) % self._log_every == 0 and can_sync(optimizer):
+                values = dict.fromkeys(f"{lr:.2e}" for lr in optimizer.effective_lr())
+                _say(f"{name}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}")
+
+        return log
 
 
 @dataclass(frozen=True)
@@ -73,7 +122,7 @@ class _Job:
     is_module: bool
     arguments: tuple[str, ...]
     patch: _ScriptPatch
-    directory: Path | None
+    is_strict: bool
 
 
 def _reading(read: Callable[[str], Any], rule: str) -> Callable[[str], Any]:
@@ -155,6 +204,7 @@ def _mechanic() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Write report.json, a picture of the learning rate over the steps and a TensorBoard log into this directory.",
 )
+@click.option("--strict", "is_strict", is_flag=True, help="Fail if no mechanized optimizer has made a step.")
 @_options_of_mechanize
 @click.option(
     "--process-group",
@@ -170,6 +220,7 @@ def _run(
     exclude: tuple[str, ...],
     directory: Path | None,
     process_group: str | None,
+    is_strict: bool,
     **options: Any,
 ) -> _Job:
     """Run a training script with mechanized optimizers, and say which learning rate they found.
@@ -194,7 +245,14 @@ def _run(
             raise click.BadParameter(f"cannot be made: {error}", param_hint="--report") from None
         directory = directory.resolve()  # the script may change to another one
     number = None if isinstance(base_lr, str) else base_lr
-    options["log_func"] = _log if options["log_every"] else None
+    own = {"base_lr": base_lr, "include": include, "exclude": exclude, "process_group": process_group}
+    facts = {
+        "schema": 1,
+        "command": [*(["-m"] if is_module else []), script, *args],
+        "options": {**own, **options},
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    log_every = Config(log_every=options.pop("log_every")).log_every
     try:
         patch = _ScriptPatch(
             number,
@@ -202,17 +260,17 @@ def _run(
             exclude,
             options,
             over_world=process_group is not None,
-            records_curves=directory is not None,
+            log_every=log_every,
+            directory=directory,
+            facts=facts,
         )
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    return _Job(script, is_module, args, patch, directory)
+    return _Job(script, is_module, args, patch, is_strict)
 
 
-def _log(data: dict[str, Any]) -> None:
-    if _reports():
-        scales = data["s"] if isinstance(data["s"], list) else [data["s"]]
-        click.echo(f"mechanic: step {data['iter_count']}: scale {', '.join(f'{s:.3e}' for s in scales)}", err=True)
+def _say(line: str) -> None:
+    click.echo(f"mechanic: {line}", err=True)
 
 
 def main() -> None:
@@ -237,6 +295,9 @@ def main() -> None:
     finally:
         if _reports() and os.getpid() == process:  # not one that the script has forked
             _report(job, outcome)
+    if job.is_strict and _reports() and not any(one.is_mechanized and one.steps for one in job.patch.built):
+        _say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
+        sys.exit(1)
 
 
 def _execute(job: _Job) -> None:
@@ -270,15 +331,14 @@ def _report(job: _Job, outcome: str) -> None:
             sys.stdout.flush()  # else, where both go to one file, what the script has printed may come after the report
         with _deaf_to_interrupts():
             show(job.patch.built)
-        if job.directory is not None:
-            command = [*(["-m"] if job.is_module else []), job.target, *job.arguments]
-            facts = {"command": command, "outcome": outcome}
-            for problem in write(job.directory, job.patch.built, job.patch.records, facts):
-                click.echo(f"mechanic: {problem}", err=True)
-            click.echo(f"mechanic: report in {job.directory}", err=True)
+        directory = job.patch.directory
+        if directory is not None:
+            for problem in write(directory, job.patch.built, job.patch.records, job.patch.facts_now(outcome)):
+                _say(problem)
+            _say(f"report in {directory}")
     except (Exception, KeyboardInterrupt) as error:
         with suppress(Exception):
-            click.echo(f"mechanic: the report could not be finished. Got {_in_words(error)}", err=True)
+            _say(f"the report could not be finished. Got {_in_words(error)}")
 
 
 def _in_words(error: BaseException) -> str:
