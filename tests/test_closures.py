@@ -193,7 +193,23 @@ def test_a_scaler_that_hands_over_found_inf_finds_it_again():
     assert optimizer.found_inf is found_inf
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
+class Twice(torch.optim.Optimizer):
+    """Evaluates the closure twice, as sharpness-aware bases do."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure):
+        with torch.enable_grad():
+            losses = [closure(), closure()]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+        return losses[1]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, Twice, torch.optim.LBFGS])
 @pytest.mark.parametrize("s_init", ["auto", 1e-4])
 def test_the_lr_in_a_closure_a_hook_and_a_log_is_the_users(base, s_init):
     """Only the base finds another one, also where it evaluates the closure more than once."""
@@ -214,7 +230,7 @@ def test_the_lr_in_a_closure_a_hook_and_a_log_is_the_users(base, s_init):
     assert len(seen) >= 20
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("base", [torch.optim.SGD, Twice, torch.optim.LBFGS])
 def test_an_lr_that_a_closure_sets_stays(base):
     model, calls = mlp(), []
     options = {"max_iter": 4, "line_search_fn": "strong_wolfe"} if base is torch.optim.LBFGS else {}

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+import mechanic_pytorch
 from mechanic_pytorch import Mechanic, mechanize
 from mechanic_pytorch._config import Config
 
@@ -91,3 +92,34 @@ def test_the_signature_and_the_declared_options_agree():
     assert [(option.name, option.default) for option in options] == [(f.name, f.default) for f in fields(Config)]
     documented = inspect.getdoc(mechanize)
     assert all(f"\n    {option.name}: " in documented for option in options)
+
+
+def test_parameters_go_to_the_class():
+    with pytest.raises(TypeError, match=r"Remedy: parameters go to the class.*mechanize\(SGD\)\(model\.parameters"):
+        mechanize(torch.optim.SGD, torch.nn.Linear(2, 1).parameters())
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("adamw", r"did you mean AdamW\?"), ("Lion", r"package\.Lion")])
+def test_a_wrong_name_has_a_remedy(name, remedy):
+    with pytest.raises(AttributeError, match=f"torch.optim has no such optimizer. Remedy: .*{remedy}"):
+        getattr(mechanic_pytorch.optim, name)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"weight": 1.0}])
+def test_what_is_no_checkpoint_is_refused(given):
+    optimizer = mechanize(torch.optim.SGD)([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match=r"Remedy: pass what optimizer\.state_dict\(\) returned"):
+        optimizer.load_state_dict(given)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_an_optimizer_shows_its_options_and_its_effective_lr():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD, s_init="auto", max_lr=0.5)([p], lr=1.0)
+    for _ in range(20):
+        p.grad = p.detach().clone()
+        optimizer.step()
+    shown = repr(optimizer)
+    assert "Options of mechanize: s_init='auto', max_lr=0.5\n" in shown
+    assert f"    effective lr: {optimizer.effective_lr()[0]:.3g}\n" in shown
+    assert "mechanic_" not in shown

@@ -82,6 +82,12 @@ def checked(optimizer: Optimizer, config: Config, state_dict: dict[str, Any], tu
     """
     if tuner not in ("saved", "fresh"):
         raise ValueError(f"{type(optimizer).__name__}: tuner must be 'saved' or 'fresh'. Got {tuner!r}.")
+    if not (isinstance(state_dict, dict) and {"state", "param_groups"} <= state_dict.keys()):
+        got = f"the keys {list(state_dict)[:3]}" if isinstance(state_dict, dict) else type(state_dict).__name__
+        raise ValueError(
+            f"{type(optimizer).__name__}: a checkpoint of an optimizer is a dict with 'state' and 'param_groups'. Got "
+            f"{got}. Remedy: pass what optimizer.state_dict() returned."
+        )
     state_dict = _without_tuner(state_dict) if tuner == "fresh" else _with_whole_tuner(state_dict, config)
     after_hooks = [state_dict]
 

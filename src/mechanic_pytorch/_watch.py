@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from mechanic_pytorch._buckets import SLOTS, Work
 from mechanic_pytorch._config import Config, TunerState
 from mechanic_pytorch._torch import lrs
-from mechanic_pytorch._tuner import Tuner
+from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch.distributed import check_agreement, check_shards, local
 
 PATIENCE = 15  # steps that a base may take before its first update: SOAP needs one, others ten
@@ -237,6 +238,21 @@ def _is_finite(tensor: Tensor) -> bool:
     values = local(tensor.detach())
     dense = values if values.layout is torch.strided else values._values()
     return bool(dense.isfinite().all())
+
+
+def text_of(optimizer: torch.optim.Optimizer, tuner: Tuner) -> str:
+    """Return what `repr` shows: options that differ from the defaults, settings and effective lr of groups. Syncs."""
+    options = [
+        f"{each.name}={getattr(tuner.config, each.name)!r}"
+        for each in fields(tuner.config)
+        if getattr(tuner.config, each.name) != each.default or each.name == "s_init"
+    ]
+    lines = [f"{type(optimizer).__name__} (", f"Options of mechanize: {', '.join(options)}"]
+    for i, (group, lr) in enumerate(zip(tuner.groups, tuner.effective_lr(), strict=True)):
+        settings = {key: group[key] for key in sorted(group) if key != "params" and not is_ours(key)}
+        lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in settings.items())]
+        lines += [f"    effective lr: {lr:.3g}"]
+    return "\n".join([*lines, ")"])
 
 
 def _text_of(scales: list[float]) -> str:

@@ -23,7 +23,7 @@ where this differs from other implementations, and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
@@ -39,7 +39,7 @@ from mechanic_pytorch._config import Config, LogFunc, TuneParams, TunerState
 from mechanic_pytorch._fused import one_pass
 from mechanic_pytorch._torch import NOT_IN_PROPORTION, uncompiled
 from mechanic_pytorch._tuner import Tuner, is_ours
-from mechanic_pytorch._watch import Watch
+from mechanic_pytorch._watch import Watch, text_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -159,6 +159,11 @@ def mechanize(
         raise TypeError(
             f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
             "mechanize the plain class with the options you want."
+        )
+    if isinstance(s_decay, Iterable) and not isinstance(s_decay, str):
+        raise TypeError(
+            f"mechanize: s_decay must be a number. Got {type(s_decay).__name__}. Remedy: parameters go to the class "
+            f"that mechanize returns: mechanize({Base.__name__})(model.parameters(), lr=1.0)."
         )
     return class_for(Mechanic, Base, Config(**options))
 
@@ -428,6 +433,10 @@ class Mechanic(Optimizer):
         vars(self).pop("_mechanic_tuner", None)  # it has seen other groups
         _ = self.mechanic_tuner
         self._mechanic_watch.forget_step()
+
+    def __repr__(self) -> str:
+        """Show the options, and of each group the base's settings and the effective lr. Syncs."""
+        return text_of(self, self.mechanic_tuner)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a checkpoint, without showing the base what it has not written."""

@@ -46,7 +46,11 @@ def __getattr__(name: str) -> Any:
         return mechanize(base)
     made = class_named(name)  # of another base, or with other options: known to this process alone
     if made is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: torch.optim has no such optimizer")
+        close = {known.lower(): known for known in __dir__()}.get(name.lower())
+        remedy = f"did you mean {close}?" if close else f"another optimizer has its whole dotted name: package.{name}"
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: torch.optim has no such optimizer. Remedy: {remedy}"
+        )
     return made
 
 

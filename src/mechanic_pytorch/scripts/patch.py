@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from numbers import Real
 from threading import RLock
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
 from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of
 from mechanic_pytorch.mechanic import Mechanic, mechanize
@@ -168,6 +170,12 @@ class Patch:
         exclude: Iterable[Named],
         options: dict[str, Any],
     ) -> None:
+        known = [option.name for option in fields(Config)]
+        for name in options.keys() - set(known):
+            raise TypeError(
+                f"patched: there is no option {name!r}. Remedy: base_lr, include, exclude, or one of mechanize: "
+                f"{', '.join(known)}."
+            )
         mechanize(torch.optim.SGD, **options)  # refuses what is wrong with them
         rule = "patched: base_lr must be a finite number > 0, or None."
         remedy = "Remedy: None keeps the lr of the code, 1.0 is what suits Mechanic."
