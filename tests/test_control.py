@@ -438,3 +438,23 @@ def test_half_the_lr_of_a_frozen_run_is_half_the_effective_lr():
     optimizer.param_groups[0]["lr"] *= 0.5
     train(model, optimizer, 100)
     assert optimizer.effective_lr()[0] == 0.5 * learned[0.5]
+
+
+def test_frozen_steps_do_not_read_whether_a_group_that_waits_has_begun():
+    """With "auto" and `per_group`, a group without a gradient has no scale yet; once frozen, nothing looks for it."""
+    busy, idle = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    kind = mechanize(torch.optim.SGD, s_init="auto", per_group=True)
+    optimizer = kind([{"params": [busy]}, {"params": []}], lr=1.0, fused=True)
+    optimizer.param_groups[1]["params"].append(idle)
+    reads = []
+    for step in range(12):
+        if step == 6:
+            optimizer.param_groups[1]["params"].clear()
+            optimizer.freeze_scale()
+            optimizer.param_groups[1]["params"].append(idle)
+        busy.grad = busy.detach().clone()
+        with Operations() as operations:
+            optimizer.step()
+        reads.append(operations.host_reads)
+    assert min(reads[2:6]) > 0, "it is looked for"
+    assert reads[7:] == [0] * 5
