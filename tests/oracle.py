@@ -74,7 +74,8 @@ class AutoOracle:
         u = self.base(self.x, g)
         measured = newcomers or here
         u_norm = norm(flat([u[i] for i in measured]))
-        if (self.pace is None or (newcomers and length < 1)) and u_norm > 0 and norm(gradient) > 0:
+        is_too_long = newcomers and length < 1 and norm(flat([g[i] for i in newcomers])) > length * self.held
+        if (self.pace is None or is_too_long) and u_norm > 0 and norm(gradient) > 0:
             self.begin(flat([self.x[i] for i in measured]), gradient, u_norm / lr)
             length = 1.0
         self.x = [xi + self.s.sum() * length * ui for xi, ui in zip(self.x, u, strict=True)]

@@ -20,7 +20,7 @@ ALLOWED = {
     "_config": set(),
     "_fused": {"_base_step", "_buckets", "_torch", "distributed", "kernels"},
     "_torch": set(),
-    "_tuner": {"_auto", "_buckets", "_config", "_torch"},
+    "_tuner": {"_auto", "_base_step", "_buckets", "_config", "_torch"},
     "_watch": {"_buckets", "_config", "_torch", "_tuner", "distributed"},
     "distributed": set(),
     "integrations": {"telemetry"},

@@ -124,6 +124,22 @@ def test_newcomers_with_a_long_gradient_begin_anew(name):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_a_bad_batch_of_the_others_does_not_begin_anew_because_somebody_is_new(size):
+    """Experts and heads come one by one; what makes them another problem is their own gradient."""
+    scales = []
+    for comes in (False, True):
+        torch.manual_seed(0)
+        first, second = torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True)
+        optimizer = auto("AdamW", [first, second])
+        for t in range(61):
+            first.grad = (20.0 if t == 60 else 1.0) * (first.detach() - 3 + torch.randn(5))
+            second.grad = torch.full((3,), size) if comes and t == 60 else None
+            optimizer.step()
+        scales.append(float(optimizer.scale))
+    assert scales[1] == pytest.approx(scales[0], rel=0.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_newcomers_begin_anew_in_their_group_alone(dtype):
     """The way of a parameter that rests then, begins where it is."""

@@ -272,3 +272,28 @@ def test_many_threads_get_one_class():
 
         with ThreadPoolExecutor(8) as pool:
             assert len(set(pool.map(make, range(8)))) == 1
+
+
+def test_the_step_is_that_of_the_next_class_in_the_order_of_python():
+    steps = []
+
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            steps.append(self)
+            return super().step(closure)
+
+    class Both(mechanize(torch.optim.SGD), Noisy):
+        pass
+
+    model = mlp()
+    optimizer = Both(model.parameters(), lr=1.0)
+    train(model, optimizer, 3)
+    assert steps == [optimizer] * 3
+
+
+def test_an_optimizer_of_shapes_alone_can_be_shown():
+    p = torch.zeros(3, device="meta", requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD)([p], lr=1.0)
+    p.grad = torch.zeros(3, device="meta")
+    optimizer.step()
+    assert "effective lr: unknown" in repr(optimizer)

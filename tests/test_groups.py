@@ -334,3 +334,30 @@ def test_points_that_are_added_or_pruned(change, options, fused):
     assert losses[32] < 1.5 * losses[29]
     assert scales[30] > 0.2 * scales[29]
     assert optimizer.state[p][next(k for k in optimizer.state[p] if k.startswith("mechanic"))].shape == p.shape
+
+
+def test_points_of_another_shape_are_no_newcomers():
+    """Their rows are doubled and their gradient grows: the scale is kept, as the warning says."""
+    torch.manual_seed(0)
+    weight, other = torch.nn.Parameter(torch.randn(8, 3)), torch.nn.Parameter(torch.randn(4))
+    optimizer = mechanize(torch.optim.AdamW, s_init="auto")([weight, other], lr=1.0)
+
+    def step(times=1.0):
+        for p in (weight, other):
+            p.grad = times * (p.detach() - 1)
+        optimizer.step()
+
+    for _ in range(60):
+        step()
+    before = float(optimizer.scale)
+    bigger = torch.nn.Parameter(weight.detach().repeat(2, 1))
+    grown = {
+        key: value.repeat(2, 1) if value.shape == weight.shape else value
+        for key, value in optimizer.state.pop(weight).items()
+    }
+    optimizer.state[bigger] = {key: value for key, value in grown.items() if not key.startswith("mechanic_")}
+    optimizer.state[bigger]["mechanic_reference"] = weight.detach().clone()
+    optimizer.param_groups[0]["params"][0] = weight = bigger
+    with pytest.warns(UserWarning, match="the scale is kept"):
+        step(20.0)
+    assert float(optimizer.scale) > 0.3 * before

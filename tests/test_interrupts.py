@@ -130,6 +130,32 @@ def test_a_step_whose_weights_have_moved_is_finished(options, when, monkeypatch)
     assert_identical(runs[1], runs[0])
 
 
+def test_the_way_of_a_resting_parameter_is_put_back_too(monkeypatch):
+    """Where the search begins again, it is forgotten: with the rest of the step, or not at all."""
+    torch.manual_seed(0)
+    first, second = torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True)
+    optimizer = mechanize(torch.optim.SGD, s_init="auto")([first, second], lr=1.0)
+    for _ in range(30):
+        first.grad = 0.1 * (first.detach() - 3)
+        optimizer.step()
+    first.grad, second.grad = None, 100 * (second.detach() - 3)
+    before = copy.deepcopy(optimizer.state[first])
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(_buckets.Work, "move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert_identical(optimizer.state[first], before)
+    assert second not in optimizer.state
+    scale = float(optimizer.scale)
+    optimizer.step()
+    assert float(optimizer.scale) < 0.1 * scale, "it begins again"
+    assert torch.equal(optimizer.state[first]["mechanic_reference"], first.detach())
+
+
 def test_a_warning_that_is_made_an_error_comes_after_the_step():
     """Of a hundred weights, rounding leaves all but five where they are."""
     p = torch.full((100,), 1.0).index_fill(0, torch.arange(5), 1e-12).requires_grad_()

@@ -148,6 +148,8 @@ def test_strict_fails_where_nothing_was_mechanized(script, run):
     assert done.stdout == "trained\n"
     assert "mechanic: --strict: no mechanized optimizer has made a step." in done.stderr
     assert run(*COMMAND, "--strict", script("import sys; sys.exit(3)"), check=3), "the script's own status stays"
+    assert run(*COMMAND, "--strict", script("import sys; sys.exit(0)"), check=1), "it ends well"
+    assert run(*COMMAND, script("import sys; sys.exit(None)")).returncode == 0
 
 
 def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_path, monkeypatch):
@@ -163,6 +165,10 @@ def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_p
             report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
             assert (report["outcome"], report["command"]) == ("running", ["x.py"])
             assert [point[0] for point in report["optimizers"][0]["effective_lr"]][-1] >= step - 1
+        optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+        optimizer.step()
+        del optimizer.param_groups[1]  # a report that cannot be written must not end the training
+        optimizer.step()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 

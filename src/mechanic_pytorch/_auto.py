@@ -37,9 +37,10 @@ the part 1 / (steps since then).
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
 max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
 
-**Newcomers** (`first_scale`). A step that would be shortened as a bad batch, but in which parameters take part for the
-first time, is another problem, for which the scale of the others may be far too large: layers in turns, or no longer
-frozen. All begins again as at the start, from |u| and |x| of the newcomers; the step is not shortened, and x_ref is x.
+**Newcomers** (`first_scale`). A step that would be shortened as a bad batch, but because of the gradient of parameters
+that take part for the first time, is another problem, for which the scale of the others may be far too large: layers in
+turns, or no longer frozen. All begins again as at the start, from |u| and |x| of the newcomers; the step is not
+shortened, and x_ref is x. Not so in sharded runs, where processes may disagree on who is new.
 
 **Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base,
 if its updates are in proportion to lr, finds every lr multiplied by one number, and nobody else does. At first that
@@ -116,6 +117,7 @@ class Learned(NamedTuple):
     memory: Memory | None = None
     length: Tensor | None = None  # of the step, shape (G,)
     follow: Tensor | None = None  # by what part of D x_ref follows the weights, shape (G,)
+    restarted: Tensor | None = None  # whether newcomers have made it begin again, shape (G,), if they may have
 
     def is_nonfinite(self) -> Tensor:
         """Return whether any number of the vectors is not finite, shape ()."""
@@ -237,22 +239,30 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
 
 
 def first_scale(
-    learned: Learned, memory: Memory, bet: Bet, update: Tensor, weights: Tensor, is_new: Tensor, least_ratio: Tensor
-) -> tuple[Learned, Tensor]:
-    """Return the tuner with a first scale, and which rows have begun again, shape (G,).
+    learned: Learned,
+    memory: Memory,
+    bet: Bet,
+    lengths: tuple[Tensor, Tensor, Tensor],
+    *,
+    is_new: Tensor,
+    unchanged: Tensor,
+    least_ratio: Tensor,
+) -> Learned:
+    """Return the tuner with a first scale.
 
     A row gets its first scale if the step that the base has just made was the first with an update. It begins again
-    if parameters took part for the first time in a step that was to be shortened.
+    if parameters took part for the first time in a step that was to be shortened, and their gradient is the reason.
 
     Args:
         learned: the tuner after this step.
         memory: what is remembered, with the `highest` lr of now.
         bet: that of this step.
-        update: |u|, shape (G,), of parameters that are new if there are some.
-        weights: |x| of the same.
+        lengths: |u|, |g| and |x|, shape (G,), of parameters that are new if there are some.
         is_new: 1 where there are some, else 0.
+        unchanged: which rows stay as they are, shape () or (G,).
         least_ratio: how long the update has to be, in lengths of the weights, to be used.
     """
+    update, gradient, weights = lengths
     state, length, follow = learned.state, learned.length, learned.follow
     assert length is not None
     assert follow is not None
@@ -263,8 +273,9 @@ def first_scale(
     ratio = pace * memory.highest / longest
     is_usable = (g > 0) & torch.stack([pace, g, weights]).isfinite().all(0)
     seeks = (memory.pace == 0) & is_usable
-    again = (memory.pace > 0) & is_usable & (is_new > 0) & (length < 1)
-    begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio)
+    is_too_long = (length < 1) & (gradient > length * memory.momentum)  # LONGER times the longest of before
+    again = (memory.pace > 0) & is_usable & (is_new > 0) & is_too_long
+    begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
     first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, none, none, none)
@@ -272,7 +283,7 @@ def first_scale(
     fresh = evenly(scale, like=state)
     state = TunerState(*(torch.where(begins.unsqueeze(-1), a, b) for a, b in zip(fresh, state, strict=True)))
     again = again & begins
-    return Learned(state, memory, torch.where(again, 1.0, length), torch.where(again, 1.0, follow)), again
+    return Learned(state, memory, torch.where(again, 1.0, length), torch.where(again, 1.0, follow), again)
 
 
 def evenly(scale: Tensor, like: TunerState) -> TunerState:

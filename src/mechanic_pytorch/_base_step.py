@@ -31,14 +31,14 @@ class BaseStep:
 
     Args:
         optimizer: the mechanized optimizer.
-        base: its plain class, whose `step` it is.
+        step: the base's own, a function.
         closure: re-evaluates the model and returns the loss, or None. It is evaluated here, at the weights and lrs as
             they are, with autograd on; the base then gets a closure that begins by repeating that answer.
         args: what else the user passes to `step`.
         kwargs: the same, by name.
 
     Attributes:
-        base: the plain class.
+        function: the base's `step`, without what torch wraps around it.
         loss: what the base has returned; until it is called, what the closure has.
         closure: the one that the base gets.
         lr_factors: one for each parameter group, by which the base finds its lr multiplied, and nobody else does.
@@ -51,7 +51,7 @@ class BaseStep:
     def __init__(
         self,
         optimizer: Optimizer,
-        base: type[Optimizer],
+        step: Callable[..., Any],
         closure: Callable[[], Any] | None,
         args: Sequence[Any],
         kwargs: dict[str, Any],
@@ -59,11 +59,10 @@ class BaseStep:
         self.loss: Any = None
         self.closure = closure
         self.lr_factors: Sequence[float] = ()
-        self.base = base
         self._optimizer = optimizer
         # A function, not a method: where torch.compile breaks a graph, it finds a method again by its name, which is
         # that of the mechanized step.
-        self._step = unwrapped(base.step)
+        self.function = unwrapped(step)
         self._args, self._kwargs = args, kwargs
         self._scaled_groups: list[tuple[dict[str, Any], float, Any, Any]] = []
         self._evaluates_again = False
@@ -72,9 +71,9 @@ class BaseStep:
                 self.loss = closure()
             self.closure = self._replayed(closure, self.loss)
             self._args = (self.closure, *args)
-            self._evaluates_again = requires_closure(self._step)
+            self._evaluates_again = requires_closure(self.function)
         self.can_sync = can_sync(optimizer)
-        self.reads_found_inf = reads_found_inf(optimizer, base)
+        self.reads_found_inf = reads_found_inf(optimizer)
         self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
 
@@ -135,7 +134,7 @@ class BaseStep:
         undone = work.rolled_back_where(skip) if device_skips else nullcontext()
         found_inf = self._found_inf(skip) if self.reads_found_inf and tells_base else nullcontext()
         with undone, hidden_state(self._optimizer.state), found_inf, self.scaled_lr():
-            self.loss = self._step(self._optimizer, *self._args, **self._kwargs)
+            self.loss = self.function(self._optimizer, *self._args, **self._kwargs)
 
     def rolled_back_on_error(self, work: Work) -> AbstractContextManager[None]:
         """Return a context that puts weights and the base's new state back if its block raises.

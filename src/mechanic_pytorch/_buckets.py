@@ -65,17 +65,19 @@ class Bucket:
 
     @property
     def is_new(self) -> bool:
-        """Whether some parameter takes part for the first time."""
-        return bool(self.newcomers)
+        """Whether something will be stored for some parameter that is not stored yet, or has another shape."""
+        return bool(self.newcomers) or self.has_new_shapes
 
     def add(self, p: Tensor, grad: Tensor, stored: dict[str, Tensor]) -> None:
-        """Take in a parameter with its gradient and what is stored for it."""
+        """Take in a parameter, its gradient and what is stored for it, which in another shape counts for nothing."""
+        if any(key in stored and stored[key].shape != p.shape for key in (self.slot, COMPENSATION)):
+            self.has_new_shapes, stored = True, {}
+        elif self.slot not in stored:
+            self.newcomers.append(len(self.params))
         dtype = accumulator_dtype(p.dtype)
         start = p.detach() if self.slot == REFERENCE else None
         ours = _stored(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)
         state = {self.slot: ours}
-        if self.slot not in stored:
-            self.newcomers.append(len(self.params))
         self.params.append(p)
         self.state.append(state)
         if is_dtensor(p):
@@ -107,13 +109,14 @@ class Bucket:
         return torch.cat([self.sign * sums[:1], sums[1:]])
 
     def measure_update(self, indices: Sequence[int]) -> Tensor:
-        """Return `[|u|^2, <u, x>, |u|^2, |x|^2]` of the base's update of some parameters; shape (4,)."""
-        dtype = self.stored[0].dtype
+        """Return `[0, |u|^2, |g|^2, |x|^2]` of the base's update u of some parameters; shape (4,)."""
+        nothing, dtype = self.stored[0].new_zeros(()), self.stored[0].dtype
         if not indices:
-            return self.stored[0].new_zeros(4)
+            return nothing.expand(4)
         x = [self.before[i].to(dtype) for i in indices]
         u = [self.locals[i].to(dtype) - x_before for i, x_before in zip(indices, x, strict=True)]
-        return self.kernel.measure(x, u, u)
+        _, _, g_squared, x_squared = self.kernel.measure(x, [self.grads[i] for i in indices], u)
+        return torch.stack([nothing, self.kernel.measure(x, u, u)[0], g_squared, x_squared])
 
     def nonfinite(self) -> Tensor:
         """Return 0, or NaN if a gradient is not finite; shape ()."""
@@ -178,23 +181,27 @@ class Work:
 
     @property
     def new_rows(self) -> set[int]:
-        """The rows of the tuner for which some parameter takes part for the first time."""
-        return {bucket.row for bucket in self.buckets if bucket.is_new}
+        """The rows of the tuner for which some parameter takes part for the first time, in this process."""
+        return {bucket.row for bucket in self.buckets if bucket.newcomers}
 
-    def first_lengths(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each row |u| of the update that the base has just made, and |x| before it, shape (G,).
+    def first_lengths(
+        self, of_rows: set[int], *, like: Tensor, unscaled: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for each row |u| of the update that the base has just made, |g|, and |x| before it, shape (G,).
 
-        Where parameters take part for the first time, these are of them alone.
+        Args:
+            of_rows: where they are of those parameters alone that take part for the first time, in this process.
+            like: as for `total`.
+            unscaled: as for `total`.
         """
-        new_rows = self.new_rows
 
         def measured(bucket: Bucket) -> Tensor:
-            return bucket.measure_update(bucket.newcomers if bucket.row in new_rows else range(len(bucket.params)))
+            return bucket.measure_update(bucket.newcomers if bucket.row in of_rows else range(len(bucket.params)))
 
-        sums = self.total(measured, like=like).sqrt()
-        return sums[:, 0], sums[:, 3]
+        _, update, gradient, weights = self.total(measured, like=like, unscaled=unscaled).sqrt().unbind(-1)
+        return update, gradient, weights
 
-    def forget_ways(self, rows: Tensor) -> None:
+    def _forget_ways(self, rows: Tensor) -> None:
         """Let the ways of parameters without a gradient begin where they are, in rows that are true, shape (G,)."""
         here = {id(p) for bucket in self.buckets for p in bucket.params}
         for group, row in zip(self.groups, rows.expand(len(self.groups)), strict=True):
@@ -213,22 +220,25 @@ class Work:
             here = scales.of_row(bucket.row, like=bucket.stored[0])
             bucket.kernel.move(bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, here)
 
-    def commit(self, record: Callable[[], object]) -> None:
+    def commit(self, record: Callable[[], object], restarted: Tensor | None = None) -> None:
         """Write down a step whose weights have moved, and finish even if interrupted.
 
         Args:
             record: what `Tuner.recorded` returned.
+            restarted: which rows of the tuner have begun again, shape (G,), if any can have.
         """
         try:
-            self.store()
+            self.store(restarted)
             record()
         except BaseException:
-            self.store()
+            self.store(restarted)
             record()
             raise
 
-    def store(self) -> None:
+    def store(self, restarted: Tensor | None) -> None:
         """Put what is to be stored into the optimizer's state, where it stays and is changed in place."""
+        if restarted is not None:
+            self._forget_ways(restarted)
         for bucket in self.buckets:
             for p, ours in zip(bucket.params, bucket.state, strict=True):
                 entry = self.state[p]
@@ -310,10 +320,7 @@ def gather(groups: Sequence[dict[str, Any]], state: State, config: Config, *, ma
             bucket = buckets.get(key)
             if bucket is None:
                 bucket = buckets[key] = Bucket(kernels.select(p.device), over, row, sign, slot(config), group)
-            stored = state.get(p, {})
-            fits = all(key not in stored or stored[key].shape == p.shape for key in (bucket.slot, COMPENSATION))
-            bucket.has_new_shapes |= not fits
-            bucket.add(p, grad, stored if fits else {})
+            bucket.add(p, grad, state.get(p, {}))
     return Work(list(buckets.values()), list(all_groups), groups, state)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ def check_group(who: str, group: dict[str, Any]) -> None:
     for p in group["params"]:
         if type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p):
             _check_arithmetic(who, p)
-    if group.get("line_search_fn", "") is None and group.get("max_iter", 1) > 1:
+    if group.get("line_search_fn", "") is None and (group.get("max_iter") or 1) > 1:
         raise ValueError(
             f"{who}: several iterations a step need a line search, because LBFGS takes it for granted that its own "
             f"last step was made, and diverges. Got line_search_fn=None and max_iter={group['max_iter']}. Remedy: "
@@ -82,8 +82,8 @@ def checked(optimizer: Optimizer, config: Config, state_dict: dict[str, Any], tu
     """
     if tuner not in ("saved", "fresh"):
         raise ValueError(f"{type(optimizer).__name__}: tuner must be 'saved' or 'fresh'. Got {tuner!r}.")
-    if not (isinstance(state_dict, dict) and {"state", "param_groups"} <= state_dict.keys()):
-        got = f"the keys {list(state_dict)[:3]}" if isinstance(state_dict, dict) else type(state_dict).__name__
+    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
+        got = f"the keys {list(state_dict)[:3]}" if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(
             f"{type(optimizer).__name__}: a checkpoint of an optimizer is a dict with 'state' and 'param_groups'. Got "
             f"{got}. Remedy: pass what optimizer.state_dict() returned."

@@ -85,24 +85,40 @@ def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Call
             self.__class__ = class_for(mixin, base, replace(config, **options))
         super(mixin, self).__init__(*args, **kwargs)
 
-    made: Any = __init__
-    made.__signature__ = _signature(base, config)
-    made.__annotations__ = {p.name: p.annotation for p in made.__signature__.parameters.values()}
+    signature = _signature(base, config)
+    if signature is not None:
+        made: Any = __init__
+        made.__signature__ = signature
+        empty = inspect.Parameter.empty
+        made.__annotations__ = {
+            p.name: p.annotation for p in signature.parameters.values() if p.annotation is not empty
+        }
     return __init__
 
 
 def _takes(base: type[Optimizer], key: str) -> bool:
-    parameters = inspect.signature(base).parameters
-    return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    signature = _signature_of(base)
+    parameters = {} if signature is None else signature.parameters
+    return signature is None or key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _signature(base: type[Optimizer], config: Config) -> inspect.Signature:
-    """Return the base's signature with the options, whose defaults are those of the class."""
-    signature = inspect.signature(base.__init__)
+def _signature_of(base: type[Optimizer]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(base.__init__)
+    except (TypeError, ValueError):  # compiled, or spoiled by somebody's decorator
+        return None
+
+
+def _signature(base: type[Optimizer], config: Config) -> inspect.Signature | None:
+    """Return the base's signature with the options, whose defaults are those of the class; None if it has none."""
+    signature = _signature_of(base)
+    if signature is None:
+        return None
     types = typing.get_type_hints(Config, localns={"ProcessGroup": Any})
     options = [
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(config, name), annotation=types[name])
         for key, name in _OPTIONS.items()
+        if key not in signature.parameters
     ]
     parameters = list(signature.parameters.values())
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]

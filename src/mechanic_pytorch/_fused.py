@@ -74,15 +74,18 @@ def _rules_of(optimizer: Optimizer, base: BaseStep, work: Work) -> list[Rule] | 
     The base has to where it is not exactly one of torch's own, was not asked for `fused=True`, is about to create state
     or to report an error, or where the kernel cannot.
     """
-    make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(base.base)
-    if make is None or not base.reads_found_inf or not _is_torchs_own(unwrapped(base.base.step)):
+    kind: type[Optimizer] = getattr(optimizer, "mechanic_base", type(optimizer))
+    make = {SGD: _sgd, Adam: _adam, AdamW: _adam}.get(kind)
+    if make is None or not base.reads_found_inf or base.function is not unwrapped(kind.step):
+        return None
+    if not _is_torchs_own(base.function):
         return None
     rules = []
     for bucket in work.buckets:
         if bucket.is_new or any(p.is_complex() for p in bucket.params):
             return None
         with base.scaled_lr():
-            rule = make(base.base, bucket.group, [optimizer.state[p] for p in bucket.params])
+            rule = make(kind, bucket.group, [optimizer.state[p] for p in bucket.params])
         can_step = getattr(bucket.kernel, "can_step", None)
         if rule is None or not (can_step and can_step(bucket.locals, bucket.grads, bucket.stored, *rule.states)):
             return None

@@ -44,6 +44,13 @@ _WRAPPERS = [
 ]
 
 
+def step_after(cls: type, of: type) -> Callable[..., Any]:
+    """Return what `super(cls, ...).step` is for objects of a class, as a function: no compiler looks into `super`."""
+    order = of.__mro__
+    step: Callable[..., Any] = order[order.index(cls) + 1].step  # type: ignore[attr-defined]  # that of an optimizer
+    return step
+
+
 def requires_closure(step: Callable[..., Any]) -> bool:
     """Return True if a base cannot step without a closure, which means that it evaluates it more than once (LBFGS)."""
     closure = inspect.signature(step).parameters.get("closure")
@@ -77,10 +84,11 @@ def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
-def reads_found_inf(optimizer: Optimizer, base: type[Optimizer]) -> bool:
+def reads_found_inf(optimizer: Optimizer) -> bool:
     """Return True if the base reads `found_inf`, the tensor by which a `GradScaler` asks it to skip a step."""
     # A pickle or deepcopy of torch's own has lost the flag.
-    supports = getattr(optimizer, "_step_supports_amp_scaling", base.__module__.startswith("torch.optim."))
+    is_torchs = getattr(optimizer, "mechanic_base", type(optimizer)).__module__.startswith("torch.optim.")
+    supports = getattr(optimizer, "_step_supports_amp_scaling", is_torchs)
     return supports and all(group.get("fused") for group in optimizer.param_groups)
 
 

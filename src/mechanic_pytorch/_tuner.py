@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechanic_pytorch import _auto
 from mechanic_pytorch._auto import Bet, Learned, Memory, Rounding
+from mechanic_pytorch._base_step import BaseStep
 from mechanic_pytorch._buckets import Work
 from mechanic_pytorch._config import Config, TunerState
 from mechanic_pytorch._torch import lrs
@@ -286,25 +287,40 @@ class Tuner:
         learned = _auto.settle(bet, new, bet.memory)
         return learned._replace(state=_auto.bounded(learned.state, limit))
 
-    def first_scale(self, learned: Learned, work: Work, bet: Bet, *, can_sync: bool) -> Learned:
+    def first_scale(self, learned: Learned, work: Work, bet: Bet, base: BaseStep, unchanged: Tensor) -> Learned:
         """Return the same with a first scale, in rows whose first update the base has just made, or that begin again.
 
         Rows begin again where parameters that are new bring a gradient too long for the scale of the others.
+
+        Args:
+            learned: what this step has learned.
+            work: what was stepped.
+            bet: that of this step.
+            base: the base's step.
+            unchanged: which rows stay as they are, shape () or (G,).
         """
-        # Of several processes, some may have no newcomers, and would not take part in the sum.
-        if learned.memory is None or (any(work.shard_groups) and not self.seeks):
+        # Of several processes, some may have no newcomers: there, nobody counts as new.
+        new_rows = set() if any(work.shard_groups) else work.new_rows
+        if learned.memory is None or not (self.seeks or new_rows):
             return learned
-        can_grow = self._is_proportional and can_sync
+        can_grow = self._is_proportional and base.can_sync
         least = [
             Rounding.of(p for group in groups for p in group["params"]).least_ratio(abs(row[LR_LIMIT])) * can_grow
             for row, groups in zip(self.rows, self.members, strict=True)
         ]
-        update, weights = work.first_lengths(like=bet.measured)
-        is_new = update.new_tensor([float(i in work.new_rows) for i in range(len(update))])
-        learned, again = _auto.first_scale(
-            learned, learned.memory, bet, update, weights, is_new, update.new_tensor(least)
+
+        def on_device(numbers: Iterable[float]) -> Tensor:  # filled there: copying would block a GPU
+            return torch.stack([bet.measured.new_full((), number) for number in numbers])
+
+        learned = _auto.first_scale(
+            learned,
+            learned.memory,
+            bet,
+            work.first_lengths(new_rows, like=bet.measured, unscaled=base.unscaled),
+            is_new=on_device(float(i in new_rows) for i in range(len(least))),
+            unchanged=unchanged,
+            least_ratio=on_device(least),
         )
-        work.forget_ways(again)
         return learned._replace(state=_auto.bounded(learned.state, self._scale_limit(bet.lr)))
 
     @property

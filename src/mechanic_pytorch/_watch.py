@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechanic_pytorch._buckets import SLOTS, Work
 from mechanic_pytorch._config import Config, TunerState
-from mechanic_pytorch._torch import lrs
+from mechanic_pytorch._torch import can_sync, lrs
 from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch.distributed import check_agreement, check_shards, local
 
@@ -248,10 +248,11 @@ def text_of(optimizer: torch.optim.Optimizer, tuner: Tuner) -> str:
         if getattr(tuner.config, each.name) != each.default or each.name == "s_init"
     ]
     lines = [f"{type(optimizer).__name__} (", f"Options of mechanize: {', '.join(options)}"]
-    for i, (group, lr) in enumerate(zip(tuner.groups, tuner.effective_lr(), strict=True)):
+    rates = [f"{lr:.3g}" for lr in tuner.effective_lr()] if can_sync(optimizer) else ["unknown"] * len(tuner.groups)
+    for i, (group, lr) in enumerate(zip(tuner.groups, rates, strict=True)):
         settings = {key: group[key] for key in sorted(group) if key != "params" and not is_ours(key)}
         lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in settings.items())]
-        lines += [f"    effective lr: {lr:.3g}"]
+        lines += [f"    effective lr: {lr}"]
     return "\n".join([*lines, ")"])
 
 

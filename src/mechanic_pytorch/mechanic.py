@@ -37,7 +37,7 @@ from mechanic_pytorch._checkpoint import check_group, checked
 from mechanic_pytorch._classes import class_for
 from mechanic_pytorch._config import Config, LogFunc, TuneParams, TunerState
 from mechanic_pytorch._fused import one_pass
-from mechanic_pytorch._torch import NOT_IN_PROPORTION, uncompiled
+from mechanic_pytorch._torch import NOT_IN_PROPORTION, step_after, uncompiled
 from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch._watch import Watch, text_of
 
@@ -213,7 +213,7 @@ class Mechanic(Optimizer):
         Adam and AdamW and `fused=True` no copy is made: an interrupt (Ctrl-C) in the middle of a step may leave some
         weights stepped and others not, as with the plain ones.
         """
-        base = BaseStep(self, self.mechanic_base, closure, args, kwargs)  # evaluates the closure, at x
+        base = BaseStep(self, step_after(Mechanic, type(self)), closure, args, kwargs)  # evaluates the closure, at x
         work = gather(self.param_groups, self.state, self.mechanic_config, maximize=getattr(self, "maximize", False))
         tuner = self.mechanic_tuner
         if work.is_empty:
@@ -245,9 +245,10 @@ class Mechanic(Optimizer):
         with base.rolled_back_on_error(work):
             advance.step(skip, skipper)
             if tuner.seeks or work.is_new:
-                learned = tuner.first_scale(learned, work, bet, can_sync=base.can_sync)
+                learned = tuner.first_scale(learned, work, bet, base, unchanged)
             advance.move(learned.scales(old), skip)
-        work.commit(tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned))
+        record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned)
+        work.commit(record, learned.restarted)
         self._mechanic_watch.after_step(tuner, work, skip, can_sync=base.can_sync)
         return base.loss
 
@@ -382,7 +383,9 @@ class Mechanic(Optimizer):
         With `per_group`, it starts with a tuner that has seen nothing.
 
         Raises:
-            ValueError: the group asks for `differentiable=True`; or with `per_group`, the scales are frozen.
+            ValueError: the group asks for `differentiable=True`, or for several iterations a step without a line search
+                (LBFGS); it holds a `DTensor` of partial sums; or with `per_group`, the scales are frozen.
+            TypeError: weights are of a class without copies and differences, such as 8-bit ones.
         """
         who = type(self).__name__
         if self.param_groups:
@@ -418,8 +421,9 @@ class Mechanic(Optimizer):
             **kwargs: passed on to the base.
 
         Raises:
-            ValueError: the checkpoint does not fit: its tuner has another number of betas, another kind of s_init or
-                another `per_group`, or it holds what no run can have written. Nothing is changed.
+            ValueError: this is no checkpoint of an optimizer; or it does not fit: its tuner has another number of
+                betas, another kind of s_init or another `per_group`, or it holds what no run can have written. Nothing
+                is changed.
 
         Example:
             >>> import torch

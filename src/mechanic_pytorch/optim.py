@@ -63,7 +63,7 @@ class _Others(MetaPathFinder, Loader):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         theirs = name.removeprefix(f"{__name__}.")
-        if theirs == name or importlib.util.find_spec(theirs) is None:
+        if theirs == name or (theirs not in sys.modules and importlib.util.find_spec(theirs) is None):
             return None
         return ModuleSpec(name, self, is_package=True)
 

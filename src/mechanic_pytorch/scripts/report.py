@@ -113,7 +113,7 @@ def show(built: Sequence[Built], console: Console | None = None) -> None:
         table = Table("optimizer", "steps", "skipped", "group", "script's lr", "learned peak lr", highlight=False)
         for one in mechanized:
             who = [called[one], str(one.steps), str(one.skipped_steps)]
-            rows = [(f"{a:.1e}", f"{b:.1e}") for a, b in zip(one.script_lrs, one.learned_lr(), strict=True)]
+            rows = [(f"{a:.1e}", f"{b:.1e}") for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
             for values, which in _alike(rows).items():
                 table.add_row(*who, _ranges(which), *values)
                 who = [""] * 3
@@ -193,7 +193,9 @@ def write_json(
 
 def _as_json(one: Built, name: str, record: Record | None) -> dict[str, Any]:
     learned: Sequence[float | None] = one.learned_lr() or [None] * len(one.script_lrs)
-    groups = [{"script_lr": a, "learned_lr": b} for a, b in zip(one.script_lrs, learned, strict=True)]
+    groups = [
+        {"script_lr": a, "learned_lr": b} for a, b in zip(one.script_lrs, learned, strict=False)
+    ]  # groups may have gone
     effective_lr, losses = record.read() if record else ([], [])
     return {
         "name": name,

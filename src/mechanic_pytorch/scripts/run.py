@@ -59,6 +59,7 @@ class _ScriptPatch(Patch):
         self.directory, self.facts = directory, facts
         self._over_world, self._log_every = over_world, log_every
         self._start = self._written = time.monotonic()
+        self._process = os.getpid()
         self._was_launched = _rank() is not None
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
@@ -97,17 +98,19 @@ class _ScriptPatch(Patch):
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
         """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
-        if self.directory is None or time.monotonic() - self._written < FLUSH_SECONDS or not can_sync(optimizer):
+        if self.directory is None or not can_sync(optimizer) or os.getpid() != self._process:
+            return
+        if time.monotonic() - self._written < FLUSH_SECONDS:
             return
         self._written = time.monotonic()
-        with suppress(OSError):  # of a full disk the end of the run will tell
+        with suppress(Exception):  # the end of the run will tell; training goes on
             write_json(self.directory, self.built, self.records, self.facts_now("running"))
 
     def _logging(self, name: str) -> Callable[..., None]:
         steps = itertools.count(1)
 
         def log(optimizer: Mechanic, *_: Any) -> None:
-            if next(steps) % self._log_every == 0 and can_sync(optimizer):
+            if can_sync(optimizer) and next(steps) % self._log_every == 0:
                 values = dict.fromkeys(f"{lr:.2e}" for lr in optimizer.effective_lr())
                 _say(f"{name}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}")
 
@@ -291,7 +294,8 @@ def main() -> None:
         outcome = _in_words(error)
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
-        raise
+        if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            raise
     finally:
         if _reports() and os.getpid() == process:  # not one that the script has forked
             _report(job, outcome)
