@@ -3,7 +3,7 @@
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
 `ours-auto` has found, `ours@1e-04` ours at that base learning rate. These run only if they are asked for:
 `ours-auto/head` is ours with a scale for each group of one of the `GROUPINGS`, here for the body and for the last
-layer; `ablation@0.001,0.5` is `ours-auto` with that first step and penalty (`_auto.py`).
+layer; `ablation@0.001,0.5` is `ours-auto` with that first step and weight of a loss (`_auto.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FIXED = (
 )
 PAIRS = [(1e-4, 1), (1e-3, 1), (1e-2, 1), (1e-4, 0.5), (1e-3, 0.5), (1e-2, 0.5), (1e-3, 0.7), (1e-3, 0.3)]
 ABLATION = {
-    f"ablation@{first:g},{penalty:g}": {"RELATIVE": first, "LOSS_WEIGHT_FALLING": penalty} for first, penalty in PAIRS
+    f"ablation@{first:g},{weight:g}": {"RELATIVE": first, "LOSS_WEIGHT_FALLING": weight} for first, weight in PAIRS
 }
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
 IF_NAMED = (*ABLATION, *PER_GROUP)

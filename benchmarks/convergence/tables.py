@@ -170,7 +170,7 @@ def constants(tables: Sequence[TaskResults]) -> str:
     halves = [[table for table in whole if names.index(table.task.name) % 2 == half] for half in (0, 1)]
     methods = {method: ", ".join(f"{value:g}" for value in values.values()) for method, values in ABLATION.items()}
     head, rows = compared(methods, dict(zip(("tasks to choose by", "to confirm"), halves, strict=True)))
-    return markdown_table(["first step, penalty", *head], rows) if whole else ""
+    return markdown_table(["first step, weight of a loss", *head], rows) if whole else ""
 
 
 def accuracies(tables: Sequence[TaskResults]) -> str:

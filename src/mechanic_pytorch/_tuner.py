@@ -26,7 +26,7 @@ from mechanic_pytorch._torch import lrs
 
 VECTORS = tuple(f"mechanic_{name}" for name in TunerState._fields)
 SCALES = VECTORS[3]
-MEMORY = "mechanic_unit"  # "auto": the fields of `Memory`
+MEMORY = "mechanic_unit"  # "auto": the fields of `Memory`; the key is that of the first checkpoints
 LR_SUMS = "mechanic_lr_sums"  # of scale * lr and of lr over all steps, and the largest lr
 LR_FACTOR = "mechanic_lr_factor"  # "auto": by which the base's lr is multiplied
 LR_LIMIT = "mechanic_lr_limit"  # "auto": what lr times that is promised to be at most; < 0 until it is settled

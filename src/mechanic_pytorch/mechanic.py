@@ -244,7 +244,7 @@ class Mechanic(Optimizer):
         # Base step and move.
         with base.rolled_back_on_error(work):
             advance.step(skip, skipper)
-            if tuner.seeks or work.is_new:
+            if tuner.seeks or work.is_new:  # the first scale, or the search begins again
                 learned = tuner.first_scale(learned, work, bet, base, unchanged)
             advance.move(learned.scales(old), skip)
         record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned)

@@ -35,8 +35,6 @@ from mechanic_pytorch.scripts.patch import Built, Patch, patching
 from mechanic_pytorch.scripts.report import Record, show, write, write_json
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
-
-
 FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
 
 
