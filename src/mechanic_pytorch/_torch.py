@@ -46,8 +46,8 @@ _WRAPPERS = [
 
 def step_after(cls: type, of: type) -> Callable[..., Any]:
     """Return what `super(cls, ...).step` is for objects of a class, as a function: no compiler looks into `super`."""
-    order = of.__mro__
-    step: Callable[..., Any] = order[order.index(cls) + 1].step  # type: ignore[attr-defined]  # that of an optimizer
+    order: tuple[Any, ...] = of.__mro__
+    step: Callable[..., Any] = order[order.index(cls) + 1].step
     return step
 
 

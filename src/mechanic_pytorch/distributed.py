@@ -36,11 +36,12 @@ def local(tensor: Any, like: Any = None) -> Tensor:
         tensor: a parameter, a gradient, or a tensor of state.
         like: the parameter it belongs to. A gradient that is placed in another way is brought to the same placement.
     """
-    if not is_dtensor(tensor):
-        return tensor  # type: ignore[no-any-return]
-    if like is not None and tensor.placements != like.placements:
-        tensor = tensor.redistribute(placements=like.placements)
-    return tensor.to_local()  # type: ignore[no-any-return]
+    if is_dtensor(tensor):
+        if like is not None and tensor.placements != like.placements:
+            tensor = tensor.redistribute(placements=like.placements)
+        tensor = tensor.to_local()
+    shard: Tensor = tensor
+    return shard
 
 
 def shard_groups(param: Any) -> ShardGroups:
@@ -55,7 +56,8 @@ def whole(tensor: Any) -> Tensor:
     All processes must call this together, as all load a checkpoint together.
     """
     if not hasattr(tensor, "local_shards"):
-        return tensor  # type: ignore[no-any-return]
+        plain: Tensor = tensor
+        return plain
     mine = [(shard.metadata.shard_offsets, shard.tensor) for shard in tensor.local_shards()]
     gathered = [mine] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)

@@ -59,7 +59,8 @@ class Checked:
             return [*(copies or []), g, x, torch.cat([cosines, torch.ones_like(cosines)])]
 
         kernel = self._chosen(("measure", plain), lists, call)
-        return kernel.measure(params, grads, kept, copies, compensations, plain)  # type: ignore[no-any-return]
+        sums: Tensor = kernel.measure(params, grads, kept, copies, compensations, plain)
+        return sums
 
     def move(
         self,
