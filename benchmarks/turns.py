@@ -9,7 +9,6 @@ all digits, the mean of the seeds. The plain base has the best lr of a grid of h
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.convergence.methods import finite
 from benchmarks.convergence.plan import tuned
 from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
 from benchmarks.shared import digits
@@ -94,8 +94,7 @@ TASKS: dict[str, Callable[[Make, int], float]] = {
 
 def mean_loss(task: Callable[[Make, int], float], make: Make, seeds: int) -> float:
     """Return the mean final loss, infinite if a run diverges."""
-    losses = [task(make, seed) for seed in range(seeds)]
-    return fmean(losses) if all(map(math.isfinite, losses)) else math.inf
+    return fmean(finite(task(make, seed)) for seed in range(seeds))
 
 
 def row(name: str, base: str, seeds: int) -> list[str]:

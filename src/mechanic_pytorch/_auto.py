@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -300,8 +300,9 @@ class Rounding(NamedTuple):
     most_lr: float  # the largest lr that the base may be given
 
     @classmethod
-    def of(cls, params: Iterable[Tensor]) -> Rounding:
-        """Look at the dtypes of some parameters."""
+    def of(cls, groups: Iterable[dict[str, Any]]) -> Rounding:
+        """Look at the dtypes of the parameters of some groups."""
+        params = (p for group in groups for p in group["params"])
         dtypes = {p.dtype for p in params if p.dtype.is_floating_point or p.is_complex()}
         kinds = [torch.finfo(dtype) for dtype in dtypes or {torch.float32}]
         return cls(max(kind.eps for kind in kinds), min(MOST_LR, *(kind.max / 2**4 for kind in kinds)))

@@ -38,6 +38,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def values_of(tensor: Tensor) -> Tensor:
+    """Return the numbers of a plain tensor; of a sparse one, those that it holds."""
+    return tensor if tensor.layout is torch.strided else tensor._values()
+
+
 @dataclass
 class Bucket:
     """Parameters that have a gradient and share a tuner, a device, a dtype, a direction and their shard groups.
@@ -121,7 +126,7 @@ class Bucket:
     def nonfinite(self) -> Tensor:
         """Return 0, or NaN if a gradient is not finite; shape ()."""
         # The largest entry cannot overflow, as a sum of squares could; times 0 it is 0, or NaN.
-        grads = [g if g.layout is torch.strided else g._values() for g in self.grads]
+        grads = [values_of(grad) for grad in self.grads]
         return torch.nn.utils.get_total_norm([g for g in grads if g.numel()], math.inf) * 0.0
 
     def count_moved(self) -> int:

@@ -80,12 +80,12 @@ def _rules_of(optimizer: Optimizer, base: BaseStep, work: Work) -> list[Rule] | 
         return None
     if not _is_torchs_own(base.function):
         return None
+    if any(bucket.is_new or any(p.is_complex() for p in bucket.params) for bucket in work.buckets):
+        return None
+    with base.scaled_lr():
+        made = [make(kind, bucket.group, [optimizer.state[p] for p in bucket.params]) for bucket in work.buckets]
     rules = []
-    for bucket in work.buckets:
-        if bucket.is_new or any(p.is_complex() for p in bucket.params):
-            return None
-        with base.scaled_lr():
-            rule = make(kind, bucket.group, [optimizer.state[p] for p in bucket.params])
+    for bucket, rule in zip(work.buckets, made, strict=True):
         can_step = getattr(bucket.kernel, "can_step", None)
         if rule is None or not (can_step and can_step(bucket.locals, bucket.grads, bucket.stored, *rule.states)):
             return None

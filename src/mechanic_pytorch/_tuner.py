@@ -234,7 +234,7 @@ class Tuner:
             else:
                 ratio = memory.loudest  # of an update that was too short, 0 if there was none; see `first_scale`
                 row[MEMORY][Memory._fields.index("loudest")] = 0.0
-            factor = Rounding.of(p for group in groups for p in group["params"]).growth(ratio, abs(row[LR_LIMIT]))
+            factor = Rounding.of(groups).growth(ratio, abs(row[LR_LIMIT]))
             self._rescale(row, factor)
             row[LR_LIMIT] *= factor
         if not any(isinstance(group.get("lr"), Tensor) for group in groups):
@@ -305,7 +305,7 @@ class Tuner:
             return learned
         can_grow = self._is_proportional and base.can_sync
         least = [
-            Rounding.of(p for group in groups for p in group["params"]).least_ratio(abs(row[LR_LIMIT])) * can_grow
+            Rounding.of(groups).least_ratio(abs(row[LR_LIMIT])) * can_grow
             for row, groups in zip(self.rows, self.members, strict=True)
         ]
 

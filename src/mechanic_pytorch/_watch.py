@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechanic_pytorch._buckets import SLOTS, Work
+from mechanic_pytorch._buckets import SLOTS, Work, values_of
 from mechanic_pytorch._config import Config, TunerState
 from mechanic_pytorch._torch import can_sync, lrs
 from mechanic_pytorch._tuner import Tuner, is_ours
@@ -206,7 +206,7 @@ class Watch:
         if not all(a or b for a, b in zip(begun, idle, strict=True)):
             noise = "" if is_auto else ' If the gradient is mostly noise, pass s_init="auto", or a larger number.'
             self._warn(
-                f"training has not started: after {self._steps} steps the scale is {_text_of(scales)}, and s_init is "
+                f"training has not started: after {self._steps} steps the scale is {_listed(scales)}, and s_init is "
                 f"{config.s_init}. Got lr={rates}. Remedy: make sure that lr is not 0, that the optimizer holds the "
                 f"parameters of the model that is trained, and that their gradients are neither None nor 0.{noise}"
             )
@@ -235,9 +235,7 @@ def _log(data: dict[str, Any]) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    values = local(tensor.detach())
-    dense = values if values.layout is torch.strided else values._values()
-    return bool(dense.isfinite().all())
+    return bool(values_of(local(tensor.detach())).isfinite().all())
 
 
 def text_of(optimizer: torch.optim.Optimizer, tuner: Tuner) -> str:
@@ -256,5 +254,5 @@ def text_of(optimizer: torch.optim.Optimizer, tuner: Tuner) -> str:
     return "\n".join([*lines, ")"])
 
 
-def _text_of(scales: list[float]) -> str:
+def _listed(scales: list[float]) -> str:
     return f"{scales[0]:.0e}" if len(scales) == 1 else f"{', '.join(f'{s:.0e}' for s in scales)} (per parameter group)"

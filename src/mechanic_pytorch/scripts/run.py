@@ -90,13 +90,17 @@ class _ScriptPatch(Patch):
         if self._log_every:
             optimizer.register_step_post_hook(self._logging(one.base.__name__))
 
+    def is_here(self) -> bool:
+        """Return True if this process runs the script, and was not forked by it."""
+        return os.getpid() == self._process
+
     def facts_now(self, outcome: str) -> dict[str, Any]:
         """Return what the report holds beside the optimizers."""
         return {**self.facts, "outcome": outcome, "seconds": round(time.monotonic() - self._start, 1)}
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
         """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
-        if self.directory is None or not can_sync(optimizer) or os.getpid() != self._process:
+        if self.directory is None or not can_sync(optimizer) or not self.is_here():
             return
         if time.monotonic() - self._written < FLUSH_SECONDS:
             return
@@ -284,7 +288,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     if not isinstance(job, _Job):
         sys.exit(job)  # --help and --version have printed what they had to
-    outcome, process = "finished", os.getpid()
+    outcome = "finished"
     try:
         with patching(job.patch):
             _execute(job)
@@ -295,7 +299,7 @@ def main() -> None:
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
             raise
     finally:
-        if _reports() and os.getpid() == process:  # not one that the script has forked
+        if _reports() and job.patch.is_here():
             _report(job, outcome)
     if job.is_strict and _reports() and not any(one.is_mechanized and one.steps for one in job.patch.built):
         _say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
