@@ -14,7 +14,7 @@ ALLOWED = {
     "__init__": {"mechanic", "optim", "scripts"},
     "_auto": {"_config", "kernels"},
     "_base_step": {"_buckets", "_config", "_torch", "kernels"},
-    "_buckets": {"_config", "distributed", "kernels"},
+    "_buckets": {"_torch", "_config", "distributed", "kernels"},
     "_checkpoint": {"_buckets", "_config", "_tuner", "distributed"},
     "_classes": {"_config"},
     "_config": set(),

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import mechanic_pytorch.optim
 from bases import CASES
 from device import DEVICE
-from mechanic_pytorch import is_mechanized, mechanize
+from mechanic_pytorch import is_mechanized, kernels, mechanize
+from mechanic_pytorch._torch import has_memory
 from problems import IMAGES, LABELS, full_loss, mlp, train
 
 STOCHASTIC = [name for name in CASES if name != "LBFGS"]
@@ -87,7 +88,9 @@ def test_flags_do_not_change_the_result(flags):
         optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0, **options)
         train(model, optimizer, 30)
         results.append(torch.nn.utils.parameters_to_vector(model.parameters()))
-    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
+    # With capturable=True torch counts steps, and raises its betas to that power, in float32.
+    rtol, atol = (1e-4, 1e-7) if flags.get("capturable") else (1e-8, 1e-10)
+    torch.testing.assert_close(*results, rtol=rtol, atol=atol)
 
 
 def test_tensor_learning_rate():
@@ -234,16 +237,33 @@ def test_the_learned_lr_after_very_many_steps():
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_weights_without_values(base, options):
     """On the device "meta", and among fake tensors, where memory is planned: steps run, and make all state."""
+
+    def train(make):
+        model = torch.nn.Linear(4, 3)
+        optimizer = make(model.parameters(), lr=1.0)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return model, optimizer
+
     for context in (torch.device("meta"), FakeTensorMode()):
         with context:
-            model = torch.nn.Linear(4, 3)
-            optimizer = mechanize(base, **options)(model.parameters(), lr=1.0)
-            for _ in range(3):
-                for p in model.parameters():
-                    p.grad = torch.ones_like(p)
-                optimizer.step()
+            try:
+                train(base)
+            except RuntimeError as error:  # torch 2.11: AdamW reads its step count, if CUDA was built in
+                assert "on meta tensors" in str(error)  # noqa: PT017
+                continue
+            model, optimizer = train(mechanize(base, **options))
         kept = "mechanic_reference" if options else "mechanic_delta"
         assert [optimizer.state[p][kept].shape for p in model.parameters()] == [(3, 4), (3,)]
+
+
+def test_weights_without_memory_never_meet_a_kernel_that_reads_addresses(monkeypatch):
+    monkeypatch.setenv("MECHANIC_KERNEL", "triton")
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3))
+        assert kernels.select(p.device, has_memory=has_memory(p)) is kernels.foreach
 
 
 @pytest.mark.parametrize("s_init", ["auto", 1e-8])

@@ -76,6 +76,27 @@ def test_a_good_kernel_is_used(base, dtype, s_init, monkeypatch):
     assert read_out(optimizer).kernels == {"cpu": "quick"}
 
 
+@pytest.mark.parametrize("lr", [1.0, 0.7, 1e-3])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1e4])
+@pytest.mark.parametrize("shapes", [[(1,)], [(1,), (0,), (3, 5)]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("base", ["AdamW_fused", "SGD_fused"])
+def test_a_good_kernel_is_used_for_any_numbers(base, dtype, shapes, size, lr, monkeypatch):
+    """Also where weights are 0 and nothing has been kept yet, squares underflow, or an lr has no short binary form."""
+    checked = Checked("quick", Kernel, foreach)
+    monkeypatch.setitem(kernels.KERNELS, "blocks", checked)
+    params = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    kind, options = BASES[base]
+    optimizer = mechanize(kind, s_init=1e-3)(params, lr=lr, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mechanized.* lost in rounding")
+        for _ in range(4):
+            for p in params:
+                p.grad = size * torch.randn_like(p)
+            optimizer.step()
+    assert not checked.failures
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from bases import CASES
 from helpers import assert_identical
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import kernels, mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import IMAGES, LABELS, closure_of, full_loss, loss_of, mlp, train
 
@@ -154,18 +154,17 @@ def test_an_exception_after_the_base_has_moved_puts_the_parameters_back(error):
 
 
 def test_an_exception_while_moving_puts_the_parameters_back(monkeypatch):
-    from mechanic_pytorch.kernels import blocks
-
     model = mlp()
     optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=1.0)
     train(model, optimizer, 5)
+    kernel = kernels.select(next(model.parameters()).device)
     before = snapshot(model, optimizer)
 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "move", out_of_memory)
+        patch.setattr(kernel, "move", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             train(model, optimizer, 1)
     assert_identical(snapshot(model, optimizer), before)

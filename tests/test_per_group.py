@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import oracle
 from benchmarks.counting import Operations
+from device import DEVICE
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import full_loss, layers, loss_of, mlp, train
@@ -64,7 +65,7 @@ BASES = {
 # --- one step for all is a step of each -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "foreach", "for_loop"])
+@pytest.mark.parametrize("kernel", ["triton", "foreach", "for_loop"] if DEVICE else ["blocks", "foreach", "for_loop"])
 @pytest.mark.parametrize("s_init", [1e-4, "auto"])
 @pytest.mark.parametrize("name", BASES)
 def test_it_equals_one_optimizer_per_group(name, s_init, kernel, monkeypatch):

@@ -24,6 +24,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     """Every case half trained and saved, then trained to the end here, and resumed by one new process."""
+    torch.use_deterministic_algorithms(True)  # as the worker does; this comes before the fixture of single tests
     directory = tmp_path_factory.mktemp("checkpoints")
     uninterrupted = {}
     for name, case in CASES.items():

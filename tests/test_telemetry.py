@@ -101,7 +101,7 @@ def test_learning_rates_may_be_tensors_and_may_be_missing():
     for _ in range(3):
         p.grad = torch.ones(3)
         optimizer.step()
-    assert read_out(optimizer).effective_lr == [optimizer.scale.item()] != [0.0]
+    assert read_out(optimizer).effective_lr == pytest.approx([optimizer.scale.item()], rel=1e-14, abs=0.0) != [0.0]
 
 
 @pytest.mark.parametrize("lrs", [(1.0, 0.5), (torch.tensor(1.0), torch.tensor(0.5))], ids=["numbers", "tensors"])
@@ -185,7 +185,9 @@ def test_a_trace_holds_every_step_as_it_was():
         optimizer.step()
         expected.append((t + 1, [optimizer.scale.item()], optimizer.effective_lr(), optimizer.learned_lr()))
         schedule.step()
-    assert [(row.steps, row.scale, row.effective_lr, row.learned_lr) for row in trace.read()] == expected
+    rows = [(row.steps, row.scale, row.effective_lr, row.learned_lr) for row in trace.read()]
+    for row, numbers in zip(rows, expected, strict=True):  # a GPU adds up in another order than the host
+        assert row == tuple(pytest.approx(number, rel=1e-14, abs=0.0) for number in numbers)
     assert len({scale for _, (scale,), *_ in expected}) > 5
 
 

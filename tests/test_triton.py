@@ -236,7 +236,7 @@ def test_the_table_is_made_once():
 def test_tables_are_not_kept_for_ever():
     tensors = [torch.ones(n, device=DEVICE) for n in range(1, 200)]
     for x in tensors:
-        kernel._cached(kernel._work, ((0, x.numel(), x.data_ptr()),), x.device)
+        kernel._cached(kernel._work, ((0,), (x.numel(),), (x.data_ptr(),)), x.device)
     assert kernel._work.cache_info().currsize == kernel._work.cache_info().maxsize < len(tensors)
 
 

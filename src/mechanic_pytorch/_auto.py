@@ -121,7 +121,7 @@ class Learned(NamedTuple):
 
     def is_nonfinite(self) -> Tensor:
         """Return whether any number of the vectors is not finite, shape ()."""
-        return torch.stack(self.state).isfinite().all().logical_not()
+        return torch.stack([*self.state]).isfinite().all().logical_not()
 
     def unchanged_where(self, rows: Tensor, old: TunerState) -> Learned:
         """Return the old vectors in these rows, shape () or (G,), and an x_ref that rests."""

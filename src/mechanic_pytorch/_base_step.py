@@ -100,11 +100,16 @@ class BaseStep:
     def skipper(self, work: Work, config: Config) -> Skipper:
         """Return who skips this step, if its gradient is not finite."""
         # Even a base that skips by itself creates state at its first step, and not always with defined values.
-        if self.reads_found_inf and not work.is_new:
+        if self.can_be_told and not work.is_new:
             return Skipper.BASE
         if not config.skip_nonfinite or not has_values(self._optimizer):
             return Skipper.NOBODY
         return Skipper.HOST if self.can_sync else Skipper.DEVICE
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether the base can be handed a `found_inf`: not by all compilers, which set no attributes of optimizers."""
+        return self.reads_found_inf and not torch.compiler.is_compiling()
 
     def unscaled(self, dots: Tensor) -> Tensor:
         """Do what a `GradScaler` left to the base, to the four sums, shape (..., 4).
@@ -132,7 +137,7 @@ class BaseStep:
         """
         device_skips = skipper is Skipper.DEVICE
         undone = work.rolled_back_where(skip) if device_skips else nullcontext()
-        found_inf = self._found_inf(skip) if self.reads_found_inf and tells_base else nullcontext()
+        found_inf = self._found_inf(skip) if self.can_be_told and tells_base else nullcontext()
         with undone, hidden_state(self._optimizer.state), found_inf, self.scaled_lr():
             self.loss = self.function(self._optimizer, *self._args, **self._kwargs)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechanic_pytorch import kernels
 from mechanic_pytorch._config import Config
+from mechanic_pytorch._torch import has_memory
 from mechanic_pytorch.distributed import ShardGroups, is_dtensor, local, shard_groups, sum_over_processes
 from mechanic_pytorch.kernels import Kernel
 from mechanic_pytorch.kernels.arguments import Scales
@@ -34,8 +35,9 @@ def slot(config: Config) -> str:
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the real dtype in which a parameter's sums are kept: float32, or float64 for 64-bit numbers."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    """Return the dtype in which a parameter's sums are kept: of 32 bits, or of 64 for 64-bit numbers."""
+    real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    return real.to_complex() if dtype.is_complex else real
 
 
 def values_of(tensor: Tensor) -> Tensor:
@@ -75,27 +77,29 @@ class Bucket:
 
     def add(self, p: Tensor, grad: Tensor, stored: dict[str, Tensor]) -> None:
         """Take in a parameter, its gradient and what is stored for it, which in another shape counts for nothing."""
-        if any(key in stored and stored[key].shape != p.shape for key in (self.slot, COMPENSATION)):
-            self.has_new_shapes, stored = True, {}
-        elif self.slot not in stored:
+        ours, dtype = stored.get(self.slot), p.dtype
+        sums_in = accumulator_dtype(dtype)
+        if any([key in stored and stored[key].shape != p.shape for key in (self.slot, COMPENSATION)]):  # noqa: C419
+            self.has_new_shapes, stored, ours = True, {}, None
+        elif ours is None:
             self.newcomers.append(len(self.params))
-        dtype = accumulator_dtype(p.dtype)
-        start = p.detach() if self.slot == REFERENCE else None
-        ours = _stored(stored, self.slot, p, dtype.to_complex() if p.is_complex() else dtype, start)
+        if ours is None and self.slot == REFERENCE:
+            ours = p.detach().to(sums_in, copy=True)
+        ours = _stored(ours, p, sums_in)
         state = {self.slot: ours}
         self.params.append(p)
         self.state.append(state)
+        if dtype.itemsize < 4:
+            # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
+            state[COMPENSATION] = _stored(stored.get(COMPENSATION), p, torch.bfloat16)
+            self.compensations.append(local(state[COMPENSATION]))
         if is_dtensor(p):
             grad, p, ours = local(grad, like=p), local(p), local(ours)
-        if p.is_complex():
+        if dtype.is_complex:
             grad, p, ours = (torch.view_as_real(tensor.resolve_conj()) for tensor in (grad, p, ours))
         self.grads.append(grad)
         self.locals.append(p)
         self.stored.append(ours)
-        if p.dtype.itemsize < 4:
-            # bfloat16, not the parameter's dtype: what float16 loses can be too small for float16.
-            state[COMPENSATION] = _stored(stored, COMPENSATION, self.params[-1], torch.bfloat16)
-            self.compensations.append(local(state[COMPENSATION]))
 
     def measure(self) -> Tensor:
         """Return the four sums, the gradient being that of what is minimized; shape (4,).
@@ -324,15 +328,14 @@ def gather(groups: Sequence[dict[str, Any]], state: State, config: Config, *, ma
             key = (row, p.device, p.dtype, over, sign, rule)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket(kernels.select(p.device), over, row, sign, slot(config), group)
+                kernel = kernels.select(p.device, has_memory=has_memory(p))
+                bucket = buckets[key] = Bucket(kernel, over, row, sign, slot(config), group)
             bucket.add(p, grad, state.get(p, {}))
     return Work(list(buckets.values()), list(all_groups), groups, state)
 
 
-def _stored(stored: dict[str, Tensor], key: str, p: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:
-    found = stored.get(key)
-    if found is None and start is not None:
-        return start.to(dtype, copy=True)
+def _stored(found: Tensor | None, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is stored for a parameter, the same tensor unless that was moved or cast; zeros if nothing is."""
     if found is None:
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    return found.to(p.device, dtype)  # the same tensor, unless the parameter was moved or cast
+    return found if found.dtype == dtype and found.device == p.device else found.to(p.device, dtype)

@@ -75,7 +75,13 @@ def can_sync(optimizer: Optimizer) -> bool:
 def has_values(optimizer: Optimizer) -> bool:
     """Return True if the weights are more than shapes, to which their class or device "meta" may reduce them."""
     params: list[Tensor] = next((group["params"] for group in optimizer.param_groups if group["params"]), [])
-    return not (params and (params[0].is_meta or isinstance(params[0], FakeTensor)))
+    return not params or has_memory(params[0])
+
+
+def has_memory(p: Any) -> bool:
+    """Return True if a tensor is more than a shape."""
+    here = p.to_local() if hasattr(type(p), "to_local") else p  # a `DTensor`
+    return not (here.is_meta or isinstance(here, FakeTensor))
 
 
 def uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:

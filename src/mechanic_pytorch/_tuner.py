@@ -357,7 +357,7 @@ class Tuner:
         sums = torch.stack([effective + scale * lr, plain + lr, torch.maximum(highest, lr)], -1)
         values = {LR_SUMS: torch.where(unchanged, before, sums)}
         if learned is not None and learned.memory is not None:
-            values[MEMORY] = torch.where(unchanged, self._read(MEMORY), torch.stack(learned.memory, -1))
+            values[MEMORY] = torch.where(unchanged, self._read(MEMORY), torch.stack([*learned.memory], -1))
         if learned is not None:
             values.update(zip(VECTORS, learned.state, strict=True))
         first = self.groups[0]

@@ -84,14 +84,20 @@ class Kernel(Protocol):
 KERNELS: dict[str, Kernel] = {"blocks": blocks, "foreach": foreach, "for_loop": for_loop}
 
 
-def select(device: torch.device) -> Kernel:
+def select(device: torch.device, *, has_memory: bool = True) -> Kernel:
     """Return the fastest kernel for a device, or the one that the environment variable `MECHANIC_KERNEL` names.
+
+    Args:
+        device: that of the tensors.
+        has_memory: whether they are more than shapes. Those that are not (`FakeTensor`) know only torch's operations.
 
     Raises:
         ValueError: `MECHANIC_KERNEL` names no kernel, or one that cannot run there.
     """
     name, names = os.environ.get("MECHANIC_KERNEL"), sorted({*KERNELS, "triton"})
-    if name is None:
+    if not has_memory:
+        name = "foreach"
+    elif name is None:
         if torch.compiler.is_compiling():
             name = "foreach"
         elif device.type == "cpu":

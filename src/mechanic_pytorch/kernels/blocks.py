@@ -34,7 +34,7 @@ def measure(
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     dtype = kept[0].dtype
-    converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _aligned
+    converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _is_contiguous
     sums = []
     more = [lists for lists in (copies, compensations if plain else None) if lists is not None]
     for _, xs, gs, ks, *others in _blocks(params, grads, kept, *more, small=SMALL):
@@ -104,7 +104,7 @@ def step_and_move(
 
 def can_step(params: Tensors, *others: Tensors) -> bool:
     """Return True if all tensors of each parameter lie in memory in the same order, as `step_and_move` needs them."""
-    if all([t.is_contiguous() for tensors in (params, *others) for t in tensors]):  # noqa: C419  # see _aligned
+    if _is_contiguous(params, *others):
         return True
     return all(_aligned(tensors) is not None for tensors in zip(params, *others, strict=True))
 
@@ -166,9 +166,10 @@ def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:
     """Yield indices into the lists and, for each list, the corresponding part of its tensors; packs of `small` ones."""
     pack: list[tuple[Any, ...]] = []
     size = 0
+    is_plain = _is_contiguous(*lists)
     for i, tensors in enumerate(zip(*lists, strict=True)):
         n = tensors[0].numel()
-        aligned = _aligned(tensors)
+        aligned = tensors if is_plain else _aligned(tensors)
         if n >= small and aligned is not None:
             lines = [t.view(-1) for t in aligned]
             if n > BLOCK:
@@ -188,9 +189,13 @@ def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:
         yield tuple(zip(*pack, strict=True))
 
 
+def _is_contiguous(*lists: Tensors) -> bool:
+    return all([t.is_contiguous() for tensors in lists for t in tensors])  # noqa: C419  # faster than a generator
+
+
 def _aligned(tensors: Tensors) -> Tensors | None:
     """Return contiguous views of tensors that lie in memory in the same order, without gaps; else None."""
-    if all([t.is_contiguous() for t in tensors]):  # noqa: C419  # a list is faster than a generator
+    if _is_contiguous(tensors):
         return tensors
     order = sorted(range(tensors[0].ndim), key=tensors[0].stride, reverse=True)
     tensors = [t.permute(order) for t in tensors]

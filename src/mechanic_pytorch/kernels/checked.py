@@ -55,7 +55,7 @@ class Checked:
             sums = kernel.measure(params, grads, kept, copies, compensations, plain)
             g, x = sums[2:].sqrt()
             delta = torch.stack(torch._foreach_norm(kept)).norm() + x  # its length, or a bound of it
-            cosines = sums[:2] / torch.stack([delta * g, delta * x])  # which may be 0 but for rounding
+            cosines = sums[:2] / torch.stack([delta * g, delta * x]).clamp_min(1e-30)  # 0 but for rounding, or not
             return [*(copies or []), g, x, torch.cat([cosines, torch.ones_like(cosines)])]
 
         kernel = self._chosen(("measure", plain), lists, call)
@@ -161,7 +161,8 @@ def _beginnings(tensors: Tensors | None) -> list[Tensor] | None:
         copy = torch.empty(offset + line.numel(), dtype=t.dtype, device=t.device)[offset:]
         wide = line.double().nan_to_num(0.0).clamp(-1e4, 1e4)  # squares must be finite
         # Zeros would hide much: what is kept is 0 at first, and so is the base's state.
-        noise = torch.arange(len(wide), device=t.device) * 0.618033988 % 1 * (wide.abs().mean() + 1e-3 * (wide == 0))
+        fraction = torch.arange(1, len(wide) + 1, device=t.device) * 0.618033988 % 1
+        noise = fraction * (wide.abs().mean() + 1e-3 * (wide == 0))
         copies.append(copy.copy_(wide + noise))
     return copies
 

@@ -53,7 +53,7 @@ def step_and_move(
     """Make the base's step and rescale it, in place."""
     before = [x.clone() for x in params]
     lr = rule.options["lr"]
-    if not isinstance(lr, Tensor):  # a number would be compiled in, again for every new one
+    if torch.compiler.is_compiling() and not isinstance(lr, Tensor):  # a number would be compiled in, each anew
         rule = rule._replace(options={**rule.options, "lr": torch.full((), lr, dtype=torch.float32)})
     rule.apply(params, grads, rule.states, range(len(params)))
     move(params, before, kept, compensations, scales)

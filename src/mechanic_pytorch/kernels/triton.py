@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mechanic_pytorch.kernels.arguments import Scales, Tensors
-from mechanic_pytorch.kernels.blocks import _aligned
+from mechanic_pytorch.kernels.blocks import _aligned, _is_contiguous
 from mechanic_pytorch.kernels.rule import Rule
 
 # Numbers that a program treats at once, a power of two: of 128 threads each has 8, two loads of 16 bytes in float32.
@@ -103,10 +103,15 @@ def can_step(params: Tensors, *others: Tensors) -> bool:
     All tensors of a parameter must lie in memory in the same order, and have its dtype, except what is kept.
     """
     grads, kept, *states = others
-    return all(x.dtype in DTYPES and ours.dtype in DTYPES for x, ours in zip(params, kept, strict=True)) and all(
-        _aligned(tensors) is not None and all(t.dtype == tensors[0].dtype and not t.is_neg() for t in tensors[:-1])
-        for tensors in zip(params, grads, *states, kept, strict=True)
-    )
+    lists = [params, grads, *states]
+    if not {t.dtype for tensors in (params, kept) for t in tensors} <= DTYPES.keys():
+        return False
+    if any([t.is_neg() for tensors in lists for t in tensors]):  # noqa: C419  # see _is_contiguous
+        return False
+    for x, *rest in zip(*lists, strict=True):
+        if any([t.dtype != x.dtype for t in rest]):  # noqa: C419
+            return False
+    return _is_contiguous(*lists, kept) or all(_aligned(t) is not None for t in zip(*lists, kept, strict=True))
 
 
 def _move(
@@ -167,20 +172,24 @@ def _works(lists: Sequence[Tensors], changed: Sequence[int]) -> Iterator[tuple[t
         lists: parallel lists of tensors.
         changed: which of the lists the kernel writes to.
     """
-    columns: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}
-    copied = []
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        if tensors[0].numel() == 0:
-            continue
-        lines = _aligned(tensors)
-        if lines is None:
-            lines = [t.contiguous() for t in tensors]
-            copied.append((tensors, lines))
-        column = (i, tensors[0].numel(), *[t.data_ptr() for t in lines])
-        columns.setdefault(tuple([t.dtype for t in tensors]), []).append(column)
-    device = lists[0][0].device
-    for dtypes, group in columns.items():
-        yield dtypes, _cached(_work, tuple(group), device)
+    device, copied = lists[0][0].device, []
+    if not _is_contiguous(*lists):
+        rows = []
+        for tensors in zip(*lists, strict=True):
+            lines = _aligned(tensors)
+            if lines is None:
+                lines = [t.contiguous() for t in tensors]
+                copied.append((tensors, lines))
+            rows.append(lines)
+        lists = [*zip(*rows, strict=True)]
+    by_dtypes: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, dtypes in enumerate(zip(*[[t.dtype for t in tensors] for tensors in lists], strict=True)):
+        by_dtypes.setdefault(dtypes, []).append(i)
+    for dtypes, indices in by_dtypes.items():
+        sizes = [lists[0][i].numel() for i in indices]
+        addresses = [tuple([tensors[i].data_ptr() for i in indices]) for tensors in lists]
+        if any(sizes):
+            yield dtypes, _cached(_work, (tuple(indices), tuple(sizes), *addresses), device)
     for tensors, lines in copied:
         for k in changed:
             if lines[k] is not tensors[k]:
@@ -197,12 +206,12 @@ def _cached(make: Any, content: tuple[Any, ...], device: torch.device) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _work(columns: tuple[tuple[int, ...], ...], device: torch.device, *_: object) -> Work:
-    indices, sizes, *addresses = zip(*columns, strict=True)
+def _work(rows: tuple[tuple[int, ...], ...], device: torch.device, *_: object) -> Work:
+    indices, sizes, *addresses = rows
     counts = [triton.cdiv(size, CHUNK) for size in sizes]
     *first, programs = accumulate(counts, initial=0)
-    rows = [*indices, *sizes, *first, *counts, *chain(*addresses)]
-    table = _on_device(rows, torch.int64, device).view(-1, len(columns))
+    table = _on_device([*indices, *sizes, *first, *counts, *chain(*addresses)], torch.int64, device)
+    table = table.view(-1, len(indices))
     owners = torch.repeat_interleave(table[3], output_size=programs)
     return Work(table, owners, all(address % 16 == 0 for address in chain(*addresses)))
 
