@@ -32,7 +32,7 @@ ON_GPU := $(addprefix tests/test_,$(addsuffix .py,amp auto_start bases closures 
 gpu: .venv/.dev .venv/peers ## on a machine with a CUDA device: its tests, with each kernel, and the figures of docs/speed.md
 	$(BIN)/pytest --numprocesses 4 tests/test_cuda.py tests/test_triton.py tests/test_kernels.py tests/test_checked.py
 	MECHANIC_TEST_DEVICE=cuda $(BIN)/pytest --numprocesses 4 $(ON_GPU)
-	MECHANIC_TEST_DEVICE=cuda MECHANIC_KERNEL=foreach $(BIN)/pytest --numprocesses 4 $(ON_GPU)
+	MECHANIC_TEST_DEVICE=cuda MECHANIC_KERNEL=foreach $(BIN)/pytest --numprocesses 4 $(filter-out %fused.py %counts.py,$(ON_GPU))
 	$(BIN)/python -m benchmarks.step_cost --device cuda --fill docs/speed.md --plot docs/step_cost_gpu.png
 
 docs: .venv/.dev ## run every Python block of the documentation, and build it as a site, strictly

@@ -2,9 +2,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 from device import DEVICE
 
+if DEVICE:
+    settings.register_profile("gpu", deadline=None)  # what is compiled takes its time at first
+    settings.load_profile("gpu")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which torch.compile does, too
 

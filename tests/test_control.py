@@ -319,6 +319,7 @@ def test_a_frozen_step_costs_what_the_base_costs(base, options, skip_nonfinite):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable:UserWarning")  # on a GPU, compiled
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])
 def test_a_frozen_step_is_compiled_once_and_goes_the_same_way(name):
     torch._dynamo.reset()

@@ -42,13 +42,14 @@ def test_one_host_read_more_than_the_base_and_none_when_turned_off(name):
 
 
 def test_the_counter_counts():
-    """The plain, unfused AdamW reads its step counters, one per parameter."""
-    assert reads_per_step(lambda: plain("AdamW")) == [4] * 5
+    """The plain, unfused AdamW reads its step counters, one per parameter; with foreach, as on a GPU, twice."""
+    assert reads_per_step(lambda: plain("AdamW")) == [8 if DEVICE else 4] * 5
 
 
 def test_logging_reads_only_at_the_steps_that_it_logs():
     reads = reads_per_step(lambda: CASES["AdamW_fused"].build(log_func=lambda data: None, log_every=3))
-    assert reads == [1, 0, 0, 1, 0]
+    assert [count > 0 for count in reads] == [True, False, False, True, False]
+    assert max(reads) == (2 if DEVICE else 1), "from a GPU, the scale is a copy to the host"
 
 
 def test_the_host_reads_of_the_first_step_are_few():

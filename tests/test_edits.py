@@ -36,7 +36,7 @@ def test_one_further_step_starts_from_the_edited_weights(dtype, store_delta):
 def test_weights_that_are_clamped_after_each_step_still_train():
     """A weight constraint holds, and training works within it."""
     model = mlp()
-    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+    optimizer = mechanize(torch.optim.AdamW, s_init="auto")(model.parameters(), lr=1.0)
     for t in range(300):
         train(model, optimizer, 1, first=t)
         with torch.no_grad():

@@ -77,7 +77,7 @@ CLOSE = {
 }
 if DEVICE:  # torch's functions add to a product without rounding it, our kernel does not: other last digits
     CLOSE[torch.float32] = {"rtol": 1e-4, "atol": 1e-4}
-    CLOSE[torch.float16] = CLOSE[torch.bfloat16] = {"rtol": 2**-4, "atol": 2**-6}
+    CLOSE[torch.float16] = CLOSE[torch.bfloat16] = {"rtol": 2**-4, "atol": 2**-5}  # two roundings of a number near 4
 
 
 def assert_same_params_and_state(ones, others, dtype):
@@ -201,6 +201,8 @@ def another_layout():
 
 @pytest.mark.parametrize("build", [not_fused, own_class, first_step, another_layout])
 def test_the_base_steps_by_itself_where_its_rule_is_not_known(build, monkeypatch):
+    if build is another_layout and DEVICE:
+        pytest.skip("torch's fused AdamW refuses that on a GPU")
     params, optimizer = build()
     steps = optimizer.state[params[0]]["step"].item() if optimizer.state else 0
     monkeypatch.setattr(_fused.OnePass, "move", lambda *_: pytest.fail("its rule was taken for known"))

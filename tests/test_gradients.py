@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bases import CASES
+from device import DEVICE
 from helpers import assert_identical, count_a_skipped_step
 from mechanic_pytorch import mechanize
 from problems import SparseClassifier, full_loss, loss_of, mlp, train
@@ -34,8 +35,10 @@ def test_sparse_gradients_equal_dense_ones(base):
         losses = train(model, optimizer, 30)
         assert model.table.weight.grad.is_sparse == sparse
         runs.append((torch.tensor(losses), optimizer.scale, model.table.weight.detach()))
+    # A GPU adds up the gradients of a row in any order, and Adagrad makes full steps of what is nearly 0.
+    rtol, atol = (1e-6, 1e-7) if DEVICE else (1e-9, 1e-12)
     for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_a_sparse_gradient_with_repeated_rows():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from device import DEVICE
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
@@ -308,7 +309,7 @@ def test_a_reset_between_changes_of_groups_forgets():
 @pytest.mark.parametrize("change", ["grow", "prune"])
 def test_points_that_are_added_or_pruned(change, options, fused):
     """As code for Gaussian splatting does it, which knows the state of Adam and nothing else."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE or "cpu").manual_seed(0)
     target = torch.randn(6, 3, generator=generator).repeat(2, 1)
     p = torch.nn.Parameter(torch.zeros(6, 3))
     optimizer = mechanize(torch.optim.Adam, **options)([{"params": [p], "name": "means"}], lr=1.0, fused=fused)

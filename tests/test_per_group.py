@@ -1,6 +1,7 @@
 """`per_group=True`: each parameter group is trained as by an optimizer of its own, in one step for all."""
 
 import copy
+import functools
 import io
 import logging
 import re
@@ -139,7 +140,7 @@ def test_any_group_may_be_without_gradient_and_any_may_come_later(lrs, present, 
             if "mechanic_lr_factor" in kept and kept["mechanic_scales"].any():  # its unit may still be chosen
                 optimizer.mechanic_tuner._rescale(kept, group["mechanic_lr_factor"] / kept["mechanic_lr_factor"])
             for key in kept.keys() - {"mechanic_lr_factor", "mechanic_frozen_scale"}:
-                assert torch.equal(group[key].double(), kept[key].double()), key
+                assert torch.equal(group[key].cpu().double(), kept[key].cpu().double()), key
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-12)
     rates = [other.effective_lr()[0] for other in others][: len(optimizer.param_groups)]
@@ -444,9 +445,10 @@ def test_read_outs_traces_and_logs_have_a_row_per_group(caplog):
     train(model, optimizer, 3)
     now = read_out(optimizer)
     assert now == trace.read()[-1]
-    assert now.scale == optimizer.scale.tolist() == logged[-1]["s"]
+    near = functools.partial(pytest.approx, rel=1e-14, abs=0.0)  # a GPU adds up in another order than the host
+    assert optimizer.scale.tolist() == logged[-1]["s"] == near(now.scale)
     assert now.reward == [group["mechanic_reward"].tolist() for group in optimizer.param_groups]
-    assert (now.effective_lr, now.learned_lr) == (optimizer.effective_lr(), optimizer.learned_lr())
+    assert (near(now.effective_lr), near(now.learned_lr)) == (optimizer.effective_lr(), optimizer.learned_lr())
     assert now.scalars("")["scale/1"] == now.scale[1]
     optimizer = one_optimizer(model, torch.optim.SGD, s_init=1e-3, log_every=1)
     with caplog.at_level(logging.INFO, "mechanic_pytorch"):

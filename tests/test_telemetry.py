@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import io
 import json
@@ -40,12 +41,14 @@ def test_it_reads_what_the_optimizer_says(dtype, s_init):
     _, optimizer = trained(dtype=dtype, s_init=s_init)
     optimizer.param_groups[0]["mechanic_skipped_steps"].add_(2)
     home = optimizer.param_groups[0]
-    assert read_out(optimizer) == ReadOut(
+    now = read_out(optimizer)
+    near = functools.partial(pytest.approx, rel=1e-14, abs=0.0)  # a GPU adds up in another order than the host
+    assert now == ReadOut(
         steps=5,
         skipped_steps=2,
-        scale=[optimizer.scale.item()],
-        effective_lr=optimizer.effective_lr(),
-        learned_lr=optimizer.learned_lr(),
+        scale=near([optimizer.scale.item()]),
+        effective_lr=near(optimizer.effective_lr()),
+        learned_lr=near(optimizer.learned_lr()),
         max_product=[home["mechanic_max_product"].tolist()],
         sum_squared_products=[home["mechanic_sum_squared_products"].tolist()],
         reward=[home["mechanic_reward"].tolist()],
@@ -113,6 +116,7 @@ def test_one_copy_to_the_host(lrs, monkeypatch):
     assert operations.host_reads == 0
     assert not any(isinstance(value, torch.Tensor) for group in taken.groups for value in group.values())
 
+    expected = pytest.approx(optimizer.effective_lr(), rel=1e-14, abs=0.0)
     copies, cpu = [], torch.Tensor.cpu
 
     def copy_to_host(tensor):
@@ -122,7 +126,7 @@ def test_one_copy_to_the_host(lrs, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cpu", copy_to_host)
     with Operations() as operations:
-        assert read([taken] * 3)[2].effective_lr == optimizer.effective_lr()
+        assert read([taken] * 3)[2].effective_lr == expected
     assert copies == [3 * taken.packed.nbytes]
     assert taken.packed.nbytes < 400
 

@@ -52,10 +52,13 @@ def step_and_move(
 ) -> None:
     """Make the base's step and rescale it, in place."""
     before = [x.clone() for x in params]
-    lr = rule.options["lr"]
-    if torch.compiler.is_compiling() and not isinstance(lr, Tensor):  # a number would be compiled in, each anew
-        rule = rule._replace(options={**rule.options, "lr": torch.full((), lr, dtype=torch.float32)})
-    rule.apply(params, grads, rule.states, range(len(params)))
+    if not torch.compiler.is_compiling():
+        rule.apply(params, grads, rule.states, range(len(params)))
+    else:
+        lr = rule.options["lr"]
+        if not isinstance(lr, Tensor):  # a backend that takes numbers compiles it once, and not again for each new one
+            lr = torch.full((), lr, dtype=torch.float64)
+        rule._replace(options={**rule.options, "lr": lr}).apply_traced(params, grads)
     move(params, before, kept, compensations, scales)
 
 
