@@ -115,7 +115,7 @@ class Bucket:
             self.compensations or None,
             self.slot == REFERENCE,
         )
-        return torch.cat([self.sign * sums[:1], sums[1:]])
+        return sums if self.sign > 0 else torch.cat([-sums[:1], sums[1:]])
 
     def measure_update(self, indices: Sequence[int]) -> Tensor:
         """Return `[0, |u|^2, |g|^2, |x|^2]` of the base's update u of some parameters; shape (4,)."""

@@ -11,7 +11,7 @@ Nothing large is gathered, and nothing is read by the host. This is the only fil
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -67,7 +67,7 @@ def whole(tensor: Any) -> Tensor:
     return out
 
 
-def sum_over_processes(partial: Mapping[ShardGroups, Tensor], all_groups: Iterable[ShardGroups]) -> Tensor:
+def sum_over_processes(partial: Mapping[ShardGroups, Tensor], all_groups: Collection[ShardGroups]) -> Tensor:
     """Add up partial sums over the processes that hold the other shards; the same bits come out in each of them.
 
     What is sharded over (a, b) is summed over b, joins what is sharded over (a,) alone, and is summed over a: as many
@@ -78,6 +78,8 @@ def sum_over_processes(partial: Mapping[ShardGroups, Tensor], all_groups: Iterab
         all_groups: how each parameter of the optimizer is sharded, whether it has a gradient here or not; the same in
             all processes, so that all make the same calls.
     """
+    if not any(all_groups):
+        return partial[()]
     zero = torch.zeros_like(partial[()])
     pending = dict.fromkeys(all_groups, zero) | dict(partial)
     while True:

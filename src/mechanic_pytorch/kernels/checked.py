@@ -71,10 +71,9 @@ class Checked:
         scales: Scales,
     ) -> None:
         """Rescale the base optimizer's step from `before` to `params`, in place."""
-        shown = _shown(scales)
 
         def call(kernel: Any, params: Any, before: Any, kept: Any, compensations: Any) -> list[Tensor]:
-            kernel.move(params, before, kept, compensations, shown)
+            kernel.move(params, before, kept, compensations, _shown(scales))
             return _results(params, kept, compensations)
 
         kernel = self._chosen(("move", scales.follow is None), [params, before, kept, compensations], call)
@@ -90,12 +89,12 @@ class Checked:
         scales: Scales,
     ) -> None:
         """Make the base's step and rescale it, in place."""
-        options, shown = rule.options, _shown(scales)
-        steps_at_all = {"found_inf": torch.zeros_like(options["found_inf"])} if "found_inf" in options else {}
+        options = rule.options
 
         def call(kernel: Any, params: Any, grads: Any, kept: Any, compensations: Any, *states: Any) -> list[Tensor]:
+            steps_at_all = {"found_inf": torch.zeros_like(options["found_inf"])} if "found_inf" in options else {}
             here = rule._replace(states=states, options={**options, **steps_at_all})
-            kernel.step_and_move(here, params, grads, kept, compensations, shown)
+            kernel.step_and_move(here, params, grads, kept, compensations, _shown(scales))
             return [*_results(params, kept, compensations), *(t for state in states for t in state)]
 
         flags = options.get("nesterov"), options["maximize"], options.get("grad_scale") is None

@@ -61,7 +61,7 @@ def measure(
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     more = [lists for lists in (copies, compensations if plain else None) if lists is not None]
-    sums = [kept[0].new_zeros(1, 4)]
+    sums = []
     for dtypes, work in _works([params, [g.resolve_neg() for g in grads], kept, *more], [] if copies is None else [3]):
         x, g, ours = dtypes[:3]
         flags = {
@@ -71,7 +71,9 @@ def measure(
         }
         sums.append(kept[0].new_empty(len(work.owners), 4))
         _launch(_measure, work, sums[-1], X=x, G=g, D=ours, **flags, BLOCK=BLOCK)
-    return torch.cat(sums).sum(0, dtype=torch.float64).to(kept[0].dtype)
+    if not sums:
+        return kept[0].new_zeros(4)
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(0, dtype=torch.float64).to(kept[0].dtype)
 
 
 def move(
