@@ -46,8 +46,8 @@ def right(params: list[torch.Tensor]) -> None:
     assert_type(third.momentum, float)
     third.reset()
 
-    Base: type[torch.optim.Optimizer] = torch.optim.RMSprop
-    either: torch.optim.Optimizer = mechanize(Base)(params, lr=1.0)
+    some: type[torch.optim.Optimizer] = torch.optim.RMSprop
+    either: torch.optim.Optimizer = mechanize(some)(params, lr=1.0)
     if is_mechanized(either):
         assert_type(either.skipped_steps, int)
     with patched() as built:
