@@ -30,7 +30,7 @@ ALLOWED = {
         "distributed",
     },
     "optim": {"_classes", "mechanic"},
-    "scripts": {"_config", "_torch", "_tuner", "mechanic", "telemetry"},
+    "scripts": {"_config", "_torch", "_tuner", "_watch", "mechanic", "telemetry"},
     "telemetry": {"_config", "_torch", "_tuner", "kernels", "mechanic"},
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
