@@ -16,7 +16,7 @@ ALLOWED = {
     "_base_step": {"_buckets", "_config", "_torch", "kernels"},
     "_buckets": {"_torch", "_config", "distributed", "kernels"},
     "_checkpoint": {"_buckets", "_config", "_tuner", "distributed"},
-    "_classes": {"_config"},
+    "_classes": {"_config", "_overloads"},
     "_config": set(),
     "_fused": {"_base_step", "_buckets", "_torch", "distributed", "kernels"},
     "_torch": set(),
@@ -30,7 +30,7 @@ ALLOWED = {
         "distributed",
     },
     "optim": {"_classes", "mechanic"},
-    "scripts": {"_config", "_torch", "_tuner", "mechanic", "telemetry"},
+    "scripts": {"_config", "_torch", "_tuner", "_watch", "mechanic", "telemetry"},
     "telemetry": {"_config", "_torch", "_tuner", "kernels", "mechanic"},
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.

@@ -1,16 +1,19 @@
 """Warnings about training that has not started: where they come, and that they come nowhere else."""
 
+import io
 import re
 import warnings
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.counting import Operations
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import _watch, mechanize, patched
 from mechanic_pytorch._watch import FIRST_CHECK as STEPS
+from mechanic_pytorch.scripts import report
 from problems import IMAGES, LABELS, loss_of, mlp, train
 
 
@@ -108,3 +111,94 @@ def test_it_looks_after_500_steps_and_1000_and_a_reset_begins_anew_and_frozen_st
     assert looks(optimizer, p, 2 * STEPS - 20) == [STEPS - 20, 2 * STEPS - 20]
     optimizer.reset()
     assert [t for t in looks(optimizer, p, STEPS) if t > 2] == [STEPS]
+
+
+def lone(base, params, **options):
+    return [mechanize(base, **options)([p], lr=1.0) for p in params]
+
+
+@pytest.fixture
+def never_said():
+    _watch._lone.clear()
+    yield
+    _watch.said.clear()
+
+
+@pytest.mark.usefixtures("never_said")
+def test_an_optimizer_for_each_tensor_in_backward():
+    """As torch's own function builds them; torchtune's and others' do the same by hand."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its own import
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    model = mlp()
+    base = mechanize(torch.optim.AdamW, s_init="auto")
+    _apply_optimizer_in_backward(base, model.parameters(), {"lr": 1.0})
+    with pytest.warns(UserWarning, match=r"several mechanized optimizers hold one tensor each.* Remedy: ") as caught:
+        loss_of(model, 0).backward()
+    assert one_warning(caught).startswith("MechanizedAdamW: ")
+    assert caught[0].filename == __file__
+    for t in range(1, 5):
+        loss_of(model, t).backward()  # once
+    _apply_optimizer_in_backward(base, (another := mlp()).parameters(), {"lr": 1.0})
+    loss_of(another, 0).backward()
+
+
+@pytest.mark.usefixtures("never_said")
+def test_the_report_of_a_script_repeats_it():
+    params = [torch.zeros(3 + i, requires_grad=True) for i in range(_watch.MANY)]
+    with patched() as built:
+        optimizers = [torch.optim.AdamW([p], lr=1e-3) for p in params]
+    with pytest.warns(UserWarning, match="hold one tensor each"):
+        steps_in_turn(optimizers, params, 1)
+    report.show(built, Console(file=(shown := io.StringIO()), width=1000))
+    assert f"mechanic: {_watch.MANY_LONE}" in shown.getvalue()
+
+
+@pytest.mark.usefixtures("never_said")
+def test_one_optimizer_in_backward_is_no_reason_to_warn():
+    """Of a single tensor, as in prompt tuning, or of the whole model."""
+    model, prompt = mlp(), torch.zeros(64, requires_grad=True)
+    whole, single = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0), lone(torch.optim.SGD, [prompt])[0]
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: whole.step())
+    prompt.register_post_accumulate_grad_hook(lambda _: single.step())
+    for t in range(3):
+        F.cross_entropy(model(IMAGES[t : t + 32] + prompt), LABELS[t : t + 32]).backward()
+    assert single.state[prompt]["mechanic_delta"].any()
+
+
+def steps_in_turn(optimizers, params, steps):
+    for _ in range(steps):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+
+
+@pytest.mark.usefixtures("never_said")
+@pytest.mark.parametrize(("number", "sizes", "warns"), [(_watch.MANY, 2, 1), (_watch.MANY - 1, 2, 0), (20, 1, 0)])
+def test_many_optimizers_of_one_tensor_that_step_together(number, sizes, warns):
+    """As in torchao's CPUOffloadOptimizer, which needs a GPU: after backward, one step of each.
+
+    Tensors of one shape are not those of a model, but of runs that are compared.
+    """
+    params = [torch.zeros(3 + i % sizes, requires_grad=True) for i in range(number)]
+    optimizers = lone(torch.optim.SGD, params)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps_in_turn(optimizers, params, 3)
+    assert len(caught) == warns
+    assert not warns or "hold one tensor each" in one_warning(caught)
+
+
+@pytest.mark.usefixtures("never_said")
+def test_runs_one_after_another_are_no_reason_to_warn():
+    params = [torch.zeros(3 + i, requires_grad=True) for i in range(3 * _watch.MANY)]
+    optimizers = lone(torch.optim.SGD, params)
+    for p, optimizer in zip(params, optimizers, strict=True):
+        steps_in_turn([optimizer], [p], 3)
+
+
+@pytest.mark.usefixtures("never_said")
+def test_optimizers_that_are_gone_do_not_count():
+    for i in range(3 * _watch.MANY):
+        p = torch.zeros(3 + i, requires_grad=True)
+        steps_in_turn(lone(torch.optim.SGD, [p]), [p], 1)

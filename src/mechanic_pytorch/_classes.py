@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import count
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,13 +18,19 @@ from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
 
+if TYPE_CHECKING:
+    from mechanic_pytorch._overloads import Mechanize  # a stub alone, written by tools/stubs.py
+
+Mixin = TypeVar("Mixin", bound=Optimizer)
+Options = ParamSpec("Options")
+
 # log_func is compared by identity: a class holds its own, so that no id is used twice while it lives.
 _made: WeakValueDictionary[tuple[type, Config, int], type[Optimizer]] = WeakValueDictionary()
 _serial_number = count(1)
 _lock = Lock()
 
 
-def class_for(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:
+def class_for(mixin: type[Mixin], base: type[Optimizer], config: Config) -> type[Mixin]:
     """Return the subclass of `mixin` and `base` with these options, the same one at every call.
 
     It lives in `mechanic_pytorch.optim` under the name that it bears, for tools that write classes down or ship them to
@@ -35,7 +41,14 @@ def class_for(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> 
         found = _made.get(key)
         if found is None:
             found = _made[key] = _make(mixin, base, config)
-    return found
+    return cast(type[Mixin], found)
+
+
+def typed_by_base(
+    function: Callable[Concatenate[type[Optimizer], Options], type[Optimizer]],
+) -> Mechanize[Options]:
+    """Return the same function, as type checkers see it: what class it returns for which base."""
+    return cast("Mechanize[Options]", function)
 
 
 def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:

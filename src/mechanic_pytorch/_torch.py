@@ -64,6 +64,11 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
+def in_backward() -> bool:
+    """Return True if this is called by a hook, while gradients are computed."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def can_sync(optimizer: Optimizer) -> bool:
     """Return True if the host may read a value.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mechanic_pytorch._buckets import SLOTS, Work, values_of
 from mechanic_pytorch._config import Config, TunerState
-from mechanic_pytorch._torch import can_sync, lrs
+from mechanic_pytorch._torch import can_sync, in_backward, lrs
 from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch.distributed import check_agreement, check_shards, local
 
@@ -25,7 +26,18 @@ LOST = 0.9  # the part of an update whose loss is worth a warning
 STUCK = 50  # skipped steps in a row
 FIRST_CHECK = 500  # steps before the scale is read; then after twice as many, and so on
 GROWTH = 10  # times s_init: what a scale exceeds by then that has begun to grow. docs/design-notes.md has figures
+MANY_LONE = (
+    "several mechanized optimizers hold one tensor each, so that each learns a scale from that tensor alone. Remedy: "
+    "give all parameters to one mechanized optimizer, and call its step() after backward(). Where every tensor needs "
+    "its own (optimizer in backward, CPU offload), learn the lr that way in a short run, and give learned_lr() to the "
+    "plain base. If the tensors belong to different models, all is well."
+)
+MANY = 8  # optimizers of one tensor each that begin together: a network has as many tensors, loose scalars are fewer
 HELD_BACK = 0.5  # s_decay * scale: the length of the tuner's pull, that of the gradient being 1
+
+# Of optimizers of one tensor, those that have made no second step, and the shapes of the tensors.
+_lone: list[tuple[weakref.ref[Watch], torch.Size]] = []
+said: set[str] = set()  # what is said once in a process, and again in the report of `mechanic run`
 
 
 class Watch:
@@ -67,7 +79,9 @@ class Watch:
         if self._is_checked:
             return
         self._check_base(tuner.groups)
-        params = (p for group in tuner.groups for p in group["params"])
+        params = [p for group in tuner.groups for p in group["params"]]
+        if len(params) == 1:
+            self._check_company(params[0])
         check_shards(self._who, params, self._config.process_group)
         facts = {"dtype": old.scales.dtype, "the number of scales": len(old.scales)}
         check_agreement(self._who, {**self._config.shared(), **facts}, work.shard_groups)
@@ -88,6 +102,18 @@ class Watch:
                 "some parameters belong to a manifold, which a rescaled step leaves. "
                 f"Remedy: give them to {name} as it is, and the others to a mechanized one."
             )
+
+    def _check_company(self, p: Tensor) -> None:
+        """Warn, of one tensor's optimizer, if others of one tensor begin together with it: those of one model.
+
+        Tensors of one shape are none: there somebody compares runs.
+        """
+        begin = [(other, shape) for other, shape in _lone if (watch := other()) is not None and watch._steps <= 1]
+        _lone[:] = [*begin, (weakref.ref(self), p.shape)]
+        are_many = len(_lone) >= MANY and len({shape for _, shape in _lone}) > 1
+        if (are_many or (len(_lone) > 1 and in_backward())) and MANY_LONE not in said:
+            said.add(MANY_LONE)
+            self._warn(MANY_LONE)
 
     def _check_move(self, work: Work, groups: Sequence[dict[str, Any]]) -> None:
         """Warn if rounding has swallowed the base's first update. Syncs until one was due, and then never again."""

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from mechanic_pytorch._base_step import BaseStep, Skipper, TwoPasses, hidden_state
 from mechanic_pytorch._buckets import PER_PARAMETER, Bucket, Work, gather
 from mechanic_pytorch._checkpoint import check_group, checked
-from mechanic_pytorch._classes import class_for
+from mechanic_pytorch._classes import class_for, typed_by_base
 from mechanic_pytorch._config import Config, LogFunc, TuneParams, TunerState
 from mechanic_pytorch._fused import one_pass
 from mechanic_pytorch._torch import NOT_IN_PROPORTION, step_after, uncompiled
@@ -83,6 +83,7 @@ def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
     return TunerState(m, v, r, s)
 
 
+@typed_by_base
 def mechanize(
     Base: type[Optimizer],
     s_decay: float = 0.01,
@@ -97,7 +98,7 @@ def mechanize(
     process_group: ProcessGroup | None = None,
     max_lr: float | None = None,
     per_group: bool = False,
-) -> type[Any]:
+) -> type[Mechanic]:
     """Return a class like `Base` whose learning-rate scale is learned.
 
     The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`, and those of this function
@@ -133,7 +134,9 @@ def mechanize(
             nothing. docs/per-group.md says when it helps. False: one scale for all.
 
     Returns:
-        The class `Mechanized<Base>`. Type checkers see `Any`, because no type says "`Base` and `Mechanic`".
+        The class `Mechanized<Base>`. Type checkers see the base's arguments and attributes too for optimizers of torch
+        and what is derived from them, and those of `Mechanic` alone for others, because no type says "`Base` and
+        `Mechanic`": there, `assert isinstance(optimizer, Base)` adds the base's.
 
     Raises:
         TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.

@@ -111,7 +111,7 @@ class Built:
             optimizer.register_step_post_hook(self._see)
 
     @property
-    def optimizer(self) -> Any:
+    def optimizer(self) -> Optimizer | None:
         """The optimizer, or None if it is gone."""
         return self._reference()
 

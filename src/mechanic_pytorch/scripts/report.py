@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch._torch import can_sync
+from mechanic_pytorch._watch import said
 from mechanic_pytorch.scripts.patch import Built, is_torchs
 from mechanic_pytorch.telemetry import Snapshot, Thinned, read, snapshot
 
@@ -122,6 +123,8 @@ def show(built: Sequence[Built], console: Console | None = None) -> None:
         say(advice(one, called[one]) or f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
     for reason in dict.fromkeys(f"{one.base.__name__} was left as it is: {one.reason}" for one in built if one.reason):
         say(reason)
+    for warning in sorted(said):
+        say(warning)
 
 
 def _why_nothing(one: Built) -> str:
