@@ -25,6 +25,7 @@ from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
 from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of
 from mechanic_pytorch.mechanic import Mechanic, mechanize
+from mechanic_pytorch.scripts.place import place_of
 
 Named = type[Optimizer] | str
 
@@ -102,6 +103,7 @@ class Built:
         self._config = optimizer.mechanic_config if isinstance(optimizer, Mechanic) else None
         self.is_mechanized = self._config is not None
         self.reason = reason  # why it was left as it is, or None
+        self.place = place_of(optimizer)  # the line of code that built it
         self.script_lrs: list[float] = []  # per group, as the code gave them
         self._factor = 1.0
         self._groups: list[dict[str, Any]] = []

@@ -32,7 +32,7 @@ from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
-from mechanic_pytorch.scripts.report import Record, show, write, write_json
+from mechanic_pytorch.scripts.report import CAPACITY, ROUGH, Record, show, write, write_json
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
@@ -84,8 +84,8 @@ class _ScriptPatch(Patch):
         count = len(optimizer.param_groups)
         groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
         _say(f"{one.base.__name__} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        self.records[one] = Record(optimizer, ROUGH if self.directory is None else CAPACITY)
         if self.directory is not None:
-            self.records[one] = Record(optimizer)
             optimizer.register_step_post_hook(self._flush)
         if self._log_every:
             optimizer.register_step_post_hook(self._logging(one.base.__name__))
@@ -293,10 +293,10 @@ def main() -> None:
         with patching(job.patch):
             _execute(job)
     except BaseException as error:
-        outcome = _in_words(error)
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            outcome = _in_words(error)
             raise
     finally:
         if _reports() and job.patch.is_here():
@@ -336,7 +336,7 @@ def _report(job: _Job, outcome: str) -> None:
         with suppress(Exception):
             sys.stdout.flush()  # else, where both go to one file, what the script has printed may come after the report
         with _deaf_to_interrupts():
-            show(job.patch.built)
+            show(job.patch.built, job.patch.records, outcome)
         directory = job.patch.directory
         if directory is not None:
             for problem in write(directory, job.patch.built, job.patch.records, job.patch.facts_now(outcome)):
