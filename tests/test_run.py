@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
@@ -29,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from forks import Python
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
+from mechanic_pytorch.scripts import environment
 from mechanic_pytorch.scripts import report as reporting
 from mechanic_pytorch.scripts import run as command
 from mechanic_pytorch.scripts.confidence import confidence
@@ -183,7 +185,7 @@ def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_p
 def test_a_syntax_error_is_shown_as_python_shows_it(script):
     path = script("x = (\n")
     plain, ours = python(path, check=1), python(*COMMAND, path, check=1)
-    assert ours.stderr == f"{NOTHING}\n{plain.stderr}"
+    assert ours.stderr == plain.stderr
 
 
 def interrupted(*arguments, again_at=None):
@@ -246,9 +248,9 @@ def test_the_report_comes_after_what_the_script_has_printed_where_both_go_to_one
         done = python(*COMMAND, path, capture_output=False, stdout=log, stderr=log, env=environment)
     lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert done.returncode == 0
-    assert lines[:2] == ["mechanic: AdamW is mechanized, s_init=auto, 1 parameter group", "trained"]
+    first = "mechanic: AdamW optimizer (script.py:5) is mechanized, s_init=auto, 1 parameter group"
+    assert lines[:2] == [first, "trained"]
     assert ADVICE.match(lines[-1])
-    assert max(map(len, lines)) <= 80
 
 
 def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run):
@@ -256,17 +258,36 @@ def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run)
     assert len(ADVICE.findall(run(*COMMAND, path).stderr)) == 1
 
 
-def test_on_a_terminal_the_report_begins_a_new_line_and_fits_into_it():
+@pytest.mark.parametrize("width", [30, 50, 80])
+def test_a_terminal_gets_a_new_line_first_whole_numbers_and_lines_that_break_between_words(width):
     with patched() as built:
-        model = mlp()
-        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
+        (optimizer,) = [trained([0.1, 0.1, 0.05, 0.1, 0.025])]
+        optimizer.mechanic_tuner.groups[0]["mechanic_steps"].fill_(12_345)
+    numbers = ["12345", "1.0e-01", *(f"{lr:.0e}" for lr in optimizer.learned_lr())]
+    texts = {}
     for is_terminal in (True, False):
-        text = io.StringIO()
-        reporting.show(built, {}, console=Console(file=text, force_terminal=is_terminal, width=80))
-        lines = text.getvalue().splitlines()
-        assert (lines[0] == "") == is_terminal
-        assert len(lines) == 6 + is_terminal, "no cell is folded"
-        assert lines[-1].startswith("mechanic: to train without Mechanic, use SGD with lr=")
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=width, color_system=None)
+        reporting.show(built, {}, console=console)
+        texts[is_terminal] = file.getvalue()
+        table, sentence = texts[is_terminal].split("mechanic: ")
+        assert all(number in table for number in numbers)
+        assert max(map(len, table.splitlines())) <= max(width, reporting.NARROWEST)
+        assert sentence.split()[:4] == ["to", "train", "without", "Mechanic,"]
+        assert (max(map(len, sentence.splitlines())) <= width) == is_terminal
+    assert texts[True].startswith("\n")
+    assert texts[True].split() == texts[False].split(), "no word and no number is broken"
+
+
+def test_a_script_that_is_not_to_train_gets_no_report(script, run, tmp_path):
+    path = script("import argparse\nargparse.ArgumentParser().parse_args()\n")
+    for argument, status in (("--help", 0), ("--no-such-option", 2)):
+        plain, ours = run(path, argument, check=status), run(*COMMAND, path, argument, check=status)
+        assert (ours.stdout, ours.stderr) == (plain.stdout, plain.stderr)
+    run(*COMMAND, "--report", "out", path, "--help", cwd=tmp_path)
+    assert list((tmp_path / "out").iterdir()) == [], "and a report of before is kept"
+    late = script("from mechanic_pytorch.scripts import run\nrun.AT_ONCE = 0.0\nimport sys\nsys.exit()\n")
+    assert run(*COMMAND, late).stderr == f"{NOTHING}\n", "after hours, it is news"
 
 
 # --- how it begins ----------------------------------------------------------------------------------------------------
@@ -414,7 +435,7 @@ def test_a_scale_per_group_is_printed_and_reported_per_group(script, run):
         )
     )
     done = run(*COMMAND, "--per-group", "--log-every", "20", path)
-    assert "mechanic: AdamW is mechanized, s_init=auto, 2 parameter groups\n" in done.stderr
+    assert "mechanic: AdamW optimizer (script.py:5) is mechanized, s_init=auto, 2 parameter groups\n" in done.stderr
     (lrs,) = re.findall(r"^mechanic: AdamW, step 20: effective lr (.+)$", done.stderr, re.MULTILINE)
     a, b = map(float, lrs.split(", "))
     assert a != b
@@ -846,6 +867,7 @@ def test_where_nothing_is_drawn_the_true_reason_is_given(tmp_path):
         (["--base-lr", "-1", __file__], "patched: base_lr must be a finite number > 0, or None. Got -1.0. Remedy:"),
         (["--betas", "0.9;0.99", __file__], "'0.9;0.99' is not a list of numbers such as 0.9,0.99."),
         (["--report", __file__, __file__], "is a file"),
+        (["--exclude", "Adamm", __file__], "Got 'Adamm'. Did you mean Adam"),
         (["--no-such-option", __file__], "No such option"),
         ([], "Missing argument 'SCRIPT'"),
     ],
@@ -872,12 +894,69 @@ def test_help_names_every_option_of_mechanize_and_keeps_the_examples_on_their_li
     assert all(f"--{option.replace('_', '-')}" in text for option in ours)
 
 
+def test_a_name_that_nothing_bears_is_reported_with_the_closest_one(script, run):
+    path = script(
+        TRAINING.replace("optimizer = torch.optim.AdamW", "class Mine(torch.optim.AdamW): pass\noptimizer = Mine")
+    )
+    done = run(*COMMAND, "--include", "__main__.Mien", "--exclude", "torch.optim.LBFGS", path)
+    reason = "no such optimizer was built. Did you mean __main__.Mine?"
+    assert done.stderr.splitlines()[-1] == f"mechanic: --include __main__.Mien has no effect, because {reason}"
+
+
+def without(modules, *arguments, **options):
+    """Call the command where these modules cannot be imported."""
+    hidden = f"sys.modules.update(dict.fromkeys({modules!r}))"
+    code = f"import sys; sys.argv[0] = 'mechanic'; {hidden}; from mechanic_pytorch.__main__ import main; main()"
+    return python("-c", code, *arguments, **options)
+
+
 @pytest.mark.parametrize("missing", ["click", "rich"])
 def test_a_missing_extra_is_named(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; import mechanic_pytorch.__main__ as m; m.main()"
-    done = python("-c", code, check=1)
-    rule = f"the command needs click and rich. Got no module named {missing!r}."
-    assert done.stderr == f"mechanic: {rule} Remedy: pip install 'mechanic-pytorch[run]'.\n"
+    done = without([missing], "run", "train.py", check=1)
+    rule = f"it needs click and rich. Got no module named {missing!r}."
+    assert done.stderr == f"mechanic run: {rule} Remedy: pip install 'mechanic-pytorch[run]'.\n"
+
+
+def test_help_and_version_need_no_extra_and_do_not_wait_for_torch():
+    nothing = ["click", "rich", "matplotlib", "torch"]
+    (short, long, none) = (without(nothing, *arguments, check=0) for arguments in (["-h"], ["--help"], []))
+    assert short.stdout == long.stdout == none.stdout
+    assert long.stdout.startswith("Usage: mechanic COMMAND ...\n")
+    assert {"run", "env"} <= set(re.findall(r"^  (\w+)  ", long.stdout, re.MULTILINE))
+    for option in ("-V", "--version"):
+        assert without(nothing, option, check=0).stdout == f"mechanic {version('mechanic-pytorch')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["train.py", "--lr", "1 e"], "mechanic run train.py --lr '1 e'"),
+        ([str(ROOT)], f"mechanic run {ROOT}"),
+        (["--report", "out", "train.py"], "mechanic run --report out train.py"),
+        (["rum", "train.py"], "mechanic run"),
+        (["wandb"], "mechanic --help"),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_that_was_probably_meant(arguments, remedy, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mechanic", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"mechanic: there is no command {arguments[0]!r}. Remedy: {remedy}\n"
+
+
+def test_env_says_what_a_bug_report_needs():
+    done = without(["click", "rich", "matplotlib"], "env", check=0)
+    said = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert said["mechanic-pytorch"] == version("mechanic-pytorch")
+    assert said["Python"].startswith(platform.python_version())
+    assert said["torch"] == version("torch")
+    assert said["cpu"].endswith("kernel: blocks")
+
+
+def test_env_says_which_kernel_fails_and_why(monkeypatch):
+    monkeypatch.setenv("MECHANIC_KERNEL", "fast")
+    assert "none works. Got ValueError: mechanic_pytorch: MECHANIC_KERNEL must be" in environment.describe()
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_script_runs(capsys, monkeypatch, tmp_path):

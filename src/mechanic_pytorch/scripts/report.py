@@ -26,6 +26,7 @@ from mechanic_pytorch.telemetry import ReadOut, Snapshot, Thinned, read, snapsho
 CAPACITY = 1000  # points per curve
 ROUGH = 100  # where no curve is asked for, but how far the learned lr can be trusted
 PANELS = 20  # optimizers in the picture
+NARROWEST = 40  # what the table needs; a terminal that is narrower breaks its lines
 COLORS = 10  # curves that the default colors tell apart
 
 
@@ -124,35 +125,48 @@ def show(
 ) -> None:
     """Print what was learned, to stderr."""
     console = console or Console(stderr=True)
-
-    def say(line: str) -> None:
-        console.print(Text(f"mechanic: {line}"), soft_wrap=True)
-
+    tell = functools.partial(say, console=console)
     if console.is_terminal:
         console.print()  # the line there may hold half a progress bar, or ^C
     called = names(built)
     if not any(one.is_mechanized or is_torchs(one.base) for one in built):
-        say("no torch.optim optimizer was built in this process")
+        tell("no torch.optim optimizer was built in this process")
     mechanized = [one for one in built if one.is_mechanized]
     if mechanized:
-        table = Table("optimizer", "steps", "skipped", "group", "script's lr", "learned peak lr", highlight=False)
+        table = _table(console)
         for one in mechanized:
             who = [called[one], str(one.steps), str(one.skipped_steps)]
             rows = [(f"{a:.1e}", _digit(b)) for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
             for values, which in _alike(rows).items():
                 table.add_row(*who, _ranges(which), *values)
                 who = [""] * 3
-        console.print(table)
+        console.print(table, crop=False)
     obstacle = why_no_advice(outcome)
     if obstacle and any(any(one.learned_lr()) for one in mechanized):
-        say(f"no lr is advised, because {obstacle}")
+        tell(f"no lr is advised, because {obstacle}")
     for one in mechanized:
         if not any(one.learned_lr()):
-            say(f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
+            tell(f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
         elif obstacle is None:
-            say(advice(one, called[one], trust_in(one, records.get(one))))
+            tell(advice(one, called[one], trust_in(one, records.get(one))))
     for reason in dict.fromkeys(f"{one.base.__name__} was left as it is: {one.reason}" for one in built if one.reason):
-        say(reason)
+        tell(reason)
+
+
+def say(line: str, console: Console | None = None) -> None:
+    """Print a line to stderr; a terminal gets it wrapped between words, a file as it is."""
+    console = console or Console(stderr=True)
+    console.print(Text(f"mechanic: {line}"), soft_wrap=not console.is_terminal)
+
+
+def _table(console: Console) -> Table:
+    """Return a table in which words wrap, and numbers never."""
+    table = Table(highlight=False, padding=(0, int(console.width >= 80)))
+    table.width = NARROWEST if console.width < NARROWEST else None
+    table.add_column("optimizer", overflow="fold")
+    for name in ("steps", "skipped", "group", "script's lr", "learned peak lr"):
+        table.add_column(name if console.width >= 80 else name.replace(" ", "\n", 1), no_wrap=name != "group")
+    return table
 
 
 def trust_in(one: Built, record: Record | None) -> Confidence:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -32,10 +32,11 @@ from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
-from mechanic_pytorch.scripts.report import CAPACITY, ROUGH, Record, show, write, write_json
+from mechanic_pytorch.scripts.report import CAPACITY, ROUGH, Record, names, say, show, write, write_json
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
+AT_ONCE = 60.0  # a script that ends itself sooner, and without an optimizer, was not to train: --help, a wrong argument
 
 
 class _ScriptPatch(Patch):
@@ -83,12 +84,13 @@ class _ScriptPatch(Patch):
             return
         count = len(optimizer.param_groups)
         groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
-        _say(f"{one.base.__name__} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        who = f"{one.base.__name__} {one.place.variable}".rstrip() + (f" ({one.place})" if one.place.path else "")
+        say(f"{who} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
         self.records[one] = Record(optimizer, ROUGH if self.directory is None else CAPACITY)
         if self.directory is not None:
             optimizer.register_step_post_hook(self._flush)
         if self._log_every:
-            optimizer.register_step_post_hook(self._logging(one.base.__name__))
+            optimizer.register_step_post_hook(self._logging(one))
 
     def is_here(self) -> bool:
         """Return True if this process runs the script, and was not forked by it."""
@@ -96,7 +98,11 @@ class _ScriptPatch(Patch):
 
     def facts_now(self, outcome: str) -> dict[str, Any]:
         """Return what the report holds beside the optimizers."""
-        return {**self.facts, "outcome": outcome, "seconds": round(time.monotonic() - self._start, 1)}
+        return {**self.facts, "outcome": outcome, "seconds": round(self.seconds(), 1)}
+
+    def seconds(self) -> float:
+        """Return how long the script runs."""
+        return time.monotonic() - self._start
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
         """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
@@ -108,13 +114,15 @@ class _ScriptPatch(Patch):
         with suppress(Exception):  # the end of the run will tell; training goes on
             write_json(self.directory, self.built, self.records, self.facts_now("running"))
 
-    def _logging(self, name: str) -> Callable[..., None]:
+    def _logging(self, one: Built) -> Callable[..., None]:
         steps = itertools.count(1)
 
         def log(optimizer: Mechanic, *_: Any) -> None:
             if can_sync(optimizer) and next(steps) % self._log_every == 0:
                 values = dict.fromkeys(f"{lr:.2e}" for lr in optimizer.effective_lr())
-                _say(f"{name}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}")
+                say(
+                    f"{names(self.built)[one]}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}"
+                )
 
         return log
 
@@ -176,13 +184,7 @@ def _options_of_mechanize(command: Callable[..., _Job]) -> Callable[..., _Job]:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mechanic-pytorch", prog_name="mechanic")
-def _mechanic() -> None:
-    """Mechanic: learn the scale of the learning rate while a script trains."""
-
-
-@_mechanic.command("run", context_settings={"allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False, "help_option_names": ["-h", "--help"]})
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.option("-m", "--module", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
@@ -274,35 +276,32 @@ def _run(
     return _Job(script, is_module, args, patch, is_strict)
 
 
-def _say(line: str) -> None:
-    click.echo(f"mechanic: {line}", err=True)
-
-
-def main() -> None:
-    """Read the command line, run the script, and report."""
+def main(arguments: Sequence[str]) -> None:
+    """Read the command line, as it goes on after `mechanic run`, run the script, and report."""
     name = "mechanic" if Path(sys.argv[0]).stem == "mechanic" else f"{Path(sys.executable).name} -m mechanic_pytorch"
     try:
-        job = _mechanic.main(prog_name=name, standalone_mode=False)
+        job = _run.main([*arguments], prog_name=f"{name} run", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     if not isinstance(job, _Job):
-        sys.exit(job)  # --help and --version have printed what they had to
-    outcome = "finished"
+        sys.exit(job)  # --help has printed what it had to
+    outcome, has_news = "finished", True
     try:
         with patching(job.patch):
             _execute(job)
     except BaseException as error:
+        has_news = bool(job.patch.built) or job.patch.seconds() > AT_ONCE
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
             outcome = _in_words(error)
             raise
     finally:
-        if _reports() and job.patch.is_here():
+        if has_news and _reports() and job.patch.is_here():
             _report(job, outcome)
     if job.is_strict and _reports() and not any(one.is_mechanized and one.steps for one in job.patch.built):
-        _say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
+        say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
         sys.exit(1)
 
 
@@ -337,14 +336,16 @@ def _report(job: _Job, outcome: str) -> None:
             sys.stdout.flush()  # else, where both go to one file, what the script has printed may come after the report
         with _deaf_to_interrupts():
             show(job.patch.built, job.patch.records, outcome)
+            for sentence in job.patch.without_effect():
+                say(f"--{sentence}")
         directory = job.patch.directory
         if directory is not None:
             for problem in write(directory, job.patch.built, job.patch.records, job.patch.facts_now(outcome)):
-                _say(problem)
-            _say(f"report in {directory}")
+                say(problem)
+            say(f"report in {directory}")
     except (Exception, KeyboardInterrupt) as error:
         with suppress(Exception):
-            _say(f"the report could not be finished. Got {_in_words(error)}")
+            say(f"the report could not be finished. Got {_in_words(error)}")
 
 
 def _in_words(error: BaseException) -> str:
