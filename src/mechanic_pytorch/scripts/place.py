@@ -6,7 +6,6 @@ import linecache
 import os
 import re
 import sys
-import sysconfig
 from dataclasses import dataclass
 from types import FrameType
 
@@ -16,7 +15,7 @@ _ASSIGNED = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?::[^=]+)?=(?!=)")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _RUN = os.path.join(_PACKAGE, "scripts", "run.py")  # who calls that is no part of the script
 _TORCH = os.path.dirname(torch.__file__)
-_STDLIB = sysconfig.get_path("stdlib")
+_STDLIB = os.path.dirname(os.__file__)
 
 
 @dataclass(frozen=True)
