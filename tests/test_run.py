@@ -1,5 +1,6 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
+import ast
 import gzip
 import inspect
 import io
@@ -235,7 +236,7 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
 def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(command, "show", lambda *_: (signal.raise_signal(signal.SIGINT), print("shown")))
     patch = types.SimpleNamespace(built=[], records={}, directory=None)
-    command._report(types.SimpleNamespace(patch=patch), "finished")
+    command._report(patch, "finished")
     assert capsys.readouterr().out == "shown\n"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -853,6 +854,107 @@ def test_where_nothing_is_drawn_the_true_reason_is_given(tmp_path):
     assert reason(steps=0) == "no step was made"
     assert reason(steps=3, exclude=["SGD"]) == "no optimizer was mechanized"
     assert reason(steps=3) == "no step was recorded, as those of a compiled optimizer.step are not"
+
+
+# --- without Mechanic, at the learned lr ------------------------------------------------------------------------------
+
+OF_A_GAN = """
+import sys, torch
+p, q, r = ([torch.ones(3, requires_grad=True)] for _ in range(3))
+optimizerD = torch.optim.Adam([{"params": p}, {"params": q, "lr": 1e-4}], lr=1e-3)
+unused = torch.optim.SGD(p, lr=0.5)
+optimizerG = torch.optim.Adam(r, lr=1e-3)
+for _ in range(20):
+    for (x,) in (p, q, r): x.grad = x.detach() + 1
+    optimizerD.step()
+    optimizerG.step()
+optimizerD.add_param_group({"params": [torch.ones(3)], "lr": 2e-3})
+print([(type(o).__name__, [g["lr"] for g in o.param_groups]) for o in (optimizerD, unused, optimizerG)])
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--per-group"]])
+def test_a_script_runs_without_mechanic_at_the_lrs_of_a_report(script, run, tmp_path, options):
+    path, report = script(OF_A_GAN), tmp_path / "out" / "report.json"
+    run(*COMMAND, *options, "--report", report.parent, path)
+    (a, b, late), _, (g,) = (
+        [group["learned_lr"] for group in one["groups"]] for one in json.loads(report.read_text())["optimizers"]
+    )
+    done = run(*COMMAND, "--plain-from", report, path)
+    names, lrs = zip(*ast.literal_eval(done.stdout), strict=True)
+    assert names == ("Adam", "SGD", "Adam")
+    assert lrs[0][:2] == pytest.approx([a, b])
+    assert lrs[0][2] == pytest.approx(2 * max(a, b)), "the ratios hold for groups to come"
+    assert lrs[1:] == ([0.5], pytest.approx([g]))
+    assert (a == pytest.approx(10 * b)) == (not options)
+    assert late == (0 if options else pytest.approx(2 * a))
+    assert re.fullmatch(
+        r"mechanic: Adam optimizerD \(script.py:4\) stays plain, with lr=\S+(, \S+)?\n"
+        r"mechanic: Adam optimizerG \(script.py:6\) stays plain, with lr=\S+\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "Adam(r, lr=1e-3)",
+            "AdamW(r, lr=1e-3)",
+            "optimizer 3 must be the one of the report, torch.optim.adam.Adam.",
+        ),
+        (
+            "Adam(r, lr=1e-3)",
+            "Adam(r, lr=0.0)",
+            "at most 1 groups, as in the report. Got 1 with lr 0.0 at",
+        ),
+        ("Adam(r,", "Adam([{'params': r}, {'params': p}],", "Got 2 with lr 0.001, 0.001 at"),
+        ("unused =", "more = torch.optim.Adam(p)\nunused =", "optimizer 2 must be the one of the report"),
+    ],
+)
+def test_a_script_that_does_not_fit_the_report_is_ended_with_a_remedy(script, run, tmp_path, old, new, message):
+    assert OF_A_GAN.count(old) == 1
+    run(*COMMAND, "--report", "out", script(OF_A_GAN), cwd=tmp_path)
+    done = run(*COMMAND, "--plain-from", "out/report.json", script(OF_A_GAN.replace(old, new)), check=1, cwd=tmp_path)
+    assert "mechanic: --plain-from out/report.json: " in done.stderr
+    assert message in done.stderr
+    assert done.stderr.endswith("Remedy: run the same script with the same arguments, or set the lr by hand.\n")
+
+
+def test_an_optimizer_that_the_script_no_longer_builds_is_named(script, run, tmp_path):
+    run(*COMMAND, "--report", "out", script(OF_A_GAN), cwd=tmp_path)
+    fewer = script(OF_A_GAN.partition("unused =")[0])
+    done = run(*COMMAND, "--plain-from", "out/report.json", fewer, cwd=tmp_path)
+    last = "the script has not built torch.optim.adam.Adam, which the report has too"
+    assert done.stderr.splitlines()[-1] == f"mechanic: --plain-from: {last}"
+
+
+def test_an_lr_of_a_run_that_failed_is_given_with_a_warning(script, run, tmp_path):
+    run(*COMMAND, "--report", "out", script(TRAINING + "sys.exit(3)"), check=3, cwd=tmp_path)
+    done = run(*COMMAND, "--plain-from", "out/report.json", script(TRAINING), cwd=tmp_path)
+    warning = "may be far off, because the script ended with SystemExit: 3 in that run"
+    assert done.stderr.splitlines()[0] == f"mechanic: the lr of out/report.json {warning}"
+
+
+@pytest.mark.parametrize(
+    ("report", "options", "message"),
+    [
+        ("{", [], "JSONDecodeError"),
+        ("[]", [], "TypeError"),
+        ('{"optimizers": [], "outcome": "finished", "options": {}}', [], "KeyError: 'per_group'"),
+        ('{"optimizers": [], "outcome": "finished", "options": {"per_group": false}}', [], "with a learned lr. Got"),
+        ("{}", ["--s-init", "auto"], "--plain-from goes with no option but -m. Got --s-init. Remedy:"),
+        ("{}", ["--strict"], "Got --strict. Remedy:"),
+    ],
+)
+def test_a_report_that_holds_no_lr_is_refused(tmp_path, monkeypatch, capsys, report, options, message):
+    path = tmp_path / "r.json"
+    path.write_text(report)
+    monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--plain-from", str(path), *options, __file__])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -130,6 +130,11 @@ class Built:
         """The optimizer, or None if it is gone."""
         return self._reference()
 
+    def described(self) -> str:
+        """Return class, variable and line, as in "Adam optimizerD (train.py:41)"."""
+        where = f" ({self.place})" if self.place.path else ""
+        return f"{self.base.__name__} {self.place.variable}".rstrip() + where
+
     @property
     def steps(self) -> int:
         """How many steps were made, skipped ones included; of a mechanized optimizer. Syncs."""

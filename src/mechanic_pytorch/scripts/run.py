@@ -26,12 +26,14 @@ from typing import Any
 
 import click
 import torch.distributed as dist
+from click.core import ParameterSource
 from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
+from mechanic_pytorch.scripts.plain import PlainPatch
 from mechanic_pytorch.scripts.report import CAPACITY, ROUGH, Record, names, say, show, write, write_json
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
@@ -84,8 +86,7 @@ class _ScriptPatch(Patch):
             return
         count = len(optimizer.param_groups)
         groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
-        who = f"{one.base.__name__} {one.place.variable}".rstrip() + (f" ({one.place})" if one.place.path else "")
-        say(f"{who} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
         self.records[one] = Record(optimizer, ROUGH if self.directory is None else CAPACITY)
         if self.directory is not None:
             optimizer.register_step_post_hook(self._flush)
@@ -98,11 +99,7 @@ class _ScriptPatch(Patch):
 
     def facts_now(self, outcome: str) -> dict[str, Any]:
         """Return what the report holds beside the optimizers."""
-        return {**self.facts, "outcome": outcome, "seconds": round(self.seconds(), 1)}
-
-    def seconds(self) -> float:
-        """Return how long the script runs."""
-        return time.monotonic() - self._start
+        return {**self.facts, "outcome": outcome, "seconds": round(time.monotonic() - self._start, 1)}
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
         """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
@@ -134,7 +131,7 @@ class _Job:
     target: str
     is_module: bool
     arguments: tuple[str, ...]
-    patch: _ScriptPatch
+    patch: _ScriptPatch | PlainPatch
     is_strict: bool
 
 
@@ -211,6 +208,13 @@ def _options_of_mechanize(command: Callable[..., _Job]) -> Callable[..., _Job]:
     type=click.Path(file_okay=False, path_type=Path),
     help="Write report.json, a picture of the learning rate over the steps and a TensorBoard log into this directory.",
 )
+@click.option(
+    "--plain-from",
+    "plain_from",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    metavar="REPORT.JSON",
+    help="Mechanize nothing: give the optimizers the learned lrs of this report. Goes with no option but -m.",
+)
 @click.option("--strict", "is_strict", is_flag=True, help="Fail if no mechanized optimizer has made a step.")
 @_options_of_mechanize
 @click.option(
@@ -226,6 +230,7 @@ def _run(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     directory: Path | None,
+    plain_from: Path | None,
     process_group: str | None,
     is_strict: bool,
     **options: Any,
@@ -243,6 +248,8 @@ def _run(
     """  # noqa: D301  (that is no path but click's mark: leave these lines as they are)
     if not is_module and not Path(script).exists():
         raise click.BadParameter(f"{script!r} does not exist.", param_hint="SCRIPT")
+    if plain_from is not None:
+        return _Job(script, is_module, args, _plain_patch(plain_from), is_strict)
     if directory is not None:
         if find_spec("matplotlib") is None:
             raise click.UsageError("--report needs matplotlib. Remedy: pip install 'mechanic-pytorch[run]'.")
@@ -276,6 +283,22 @@ def _run(
     return _Job(script, is_module, args, patch, is_strict)
 
 
+def _plain_patch(path: Path) -> PlainPatch:
+    """Return what --plain-from asks for."""
+    context = click.get_current_context()
+    alone = {"script", "args", "is_module", "plain_from"}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in alone and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--plain-from goes with no option but -m. Got {parameter.opts[0]}. Remedy: leave one of them out."
+            )
+    try:
+        return PlainPatch(path, say if _reports() else lambda line: None)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
 def main(arguments: Sequence[str]) -> None:
     """Read the command line, as it goes on after `mechanic run`, run the script, and report."""
     name = "mechanic" if Path(sys.argv[0]).stem == "mechanic" else f"{Path(sys.executable).name} -m mechanic_pytorch"
@@ -286,20 +309,22 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(error.exit_code)
     if not isinstance(job, _Job):
         sys.exit(job)  # --help has printed what it had to
-    outcome, has_news = "finished", True
+    outcome, has_news, start = "finished", True, time.monotonic()
     try:
         with patching(job.patch):
             _execute(job)
     except BaseException as error:
-        has_news = bool(job.patch.built) or job.patch.seconds() > AT_ONCE
+        has_news = bool(job.patch.built) or time.monotonic() - start > AT_ONCE
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
             outcome = _in_words(error)
             raise
     finally:
-        if has_news and _reports() and job.patch.is_here():
-            _report(job, outcome)
+        if isinstance(job.patch, _ScriptPatch) and has_news and _reports() and job.patch.is_here():
+            _report(job.patch, outcome)
+    if isinstance(job.patch, PlainPatch) and _reports() and (unused := job.patch.unused()):
+        say(f"--plain-from: the script has not built {', '.join(unused)}, which the report has too")
     if job.is_strict and _reports() and not any(one.is_mechanized and one.steps for one in job.patch.built):
         say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
         sys.exit(1)
@@ -329,18 +354,18 @@ def _execute(job: _Job) -> None:
     exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
 
 
-def _report(job: _Job, outcome: str) -> None:
+def _report(patch: _ScriptPatch, outcome: str) -> None:
     """Show it, and write it; whatever goes wrong with that must not change how the script ends."""
     try:
         with suppress(Exception):
             sys.stdout.flush()  # else, where both go to one file, what the script has printed may come after the report
         with _deaf_to_interrupts():
-            show(job.patch.built, job.patch.records, outcome)
-            for sentence in job.patch.without_effect():
+            show(patch.built, patch.records, outcome)
+            for sentence in patch.without_effect():
                 say(f"--{sentence}")
-        directory = job.patch.directory
+        directory = patch.directory
         if directory is not None:
-            for problem in write(directory, job.patch.built, job.patch.records, job.patch.facts_now(outcome)):
+            for problem in write(directory, patch.built, patch.records, patch.facts_now(outcome)):
                 say(problem)
             say(f"report in {directory}")
     except (Exception, KeyboardInterrupt) as error:
