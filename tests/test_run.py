@@ -547,6 +547,9 @@ def test_optimizers_of_one_class_are_told_apart_by_what_the_script_calls_them(tm
     assert named(gan, path) == ["Adam optimizerD", "Adam optimizerG", "SGD"]
     of_object = "class Mine(SGD): pass\nclass T: pass\nt = T()\nt.a = SGD(p)\nt.b = SGD(p)\nc = Mine(p)\n"
     assert named(of_object, path) == ["SGD t.a", "SGD t.b", "Mine"]
+    others = "d = {}\nd['G'] = SGD(p)\nif 0: pass\nelse: x = SGD(p)\n"
+    assert named(others, path) == ["SGD train.py:5", "SGD train.py:7"], "unless all of them have one"
+    assert named("d = {}\nd['G'] = SGD(p)\nd['D'] = SGD(p)\n", path) == ["SGD d['G']", "SGD d['D']"]
     assert named("def f(): return Adam(p)\ndef g(): return Adam(p)\na, b = f(), g()\n", path) == [
         "Adam train.py:4",
         "Adam train.py:5",

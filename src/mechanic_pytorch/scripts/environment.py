@@ -42,11 +42,9 @@ def describe() -> str:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         **{f"${name}": value for name, value in sorted(os.environ.items()) if name.startswith("MECHANIC_")},
     }
-    names = {torch.device("cpu"): platform.processor() or platform.machine()}
-    for i in range(torch.cuda.device_count()):
-        names[torch.device("cuda", i)] = torch.cuda.get_device_name(i)
-    for device, name in names.items():
-        facts[str(device)] = f"{name}, kernel: {_kernel(device)}"
+    devices = [torch.device("cpu"), *map(torch.device, range(torch.accelerator.device_count()))]
+    for device in devices:
+        facts[str(device)] = f"{_name(device)}, kernel: {_kernel(device)}"
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
 
@@ -56,6 +54,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def _kernel(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import linecache
 import os
 import re
@@ -11,7 +12,7 @@ from types import FrameType
 
 import torch
 
-_ASSIGNED = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?::[^=]+)?=(?!=)")
+_ASSIGNED = re.compile(r"\s*([A-Za-z_][\w.]*(?:\[[^\]]+\])?)\s*(?::[^=]+)?=(?!=)")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _RUN = os.path.join(_PACKAGE, "scripts", "run.py")  # who calls that is no part of the script
 _TORCH = os.path.dirname(torch.__file__)
@@ -54,7 +55,8 @@ def place_of(optimizer: object) -> Place:
         return Place()
     path = found.f_code.co_filename
     assigned = _ASSIGNED.match(linecache.getline(path, found.f_lineno, found.f_globals))
-    return Place(path, found.f_lineno, assigned[1] if assigned else "")
+    variable = assigned[1] if assigned and not keyword.iskeyword(assigned[1]) else ""  # as in "else: x = ..."
+    return Place(path, found.f_lineno, variable)
 
 
 def _constructs(frame: FrameType, optimizer: object) -> bool:
