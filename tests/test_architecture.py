@@ -66,10 +66,19 @@ def test_imports_go_one_way():
 
 def test_importing_the_package_loads_nothing_heavy():
     code = (
-        "import torch, sys; before = set(sys.modules); import mechanic_pytorch\n"
+        "import sys, mechanic_pytorch; assert 'torch' not in sys.modules\n"
+        "import torch; before = set(sys.modules)\n"
+        "for name in mechanic_pytorch.__all__: getattr(mechanic_pytorch, name)\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
         "assert new == {'mechanic_pytorch'}, new"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_that_are_imported_when_they_are_asked_for_look_like_others():
+    assert set(mechanic_pytorch.__all__) <= set(dir(mechanic_pytorch))
+    assert not hasattr(mechanic_pytorch, "mechanise")
+    code = "from mechanic_pytorch import *; optim.AdamW, Mechanic, is_mechanized, mechanize, patched"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -139,7 +139,10 @@ def test_optimizers_of_others_and_subclasses_are_left_alone_unless_named():
             optimizer = Theirs(weights(), lr=0.1)
         assert is_mechanized(optimizer) == built[0].is_mechanized == bool(include)
         assert (built[0].reason is None) == bool(include)
-    with patched(include=["elsewhere.Theirs"]) as built:
+    with (
+        pytest.warns(UserWarning, match="elsewhere.Theirs has no effect"),
+        patched(include=["elsewhere.Theirs"]) as built,
+    ):
         assert type(Theirs(weights(), lr=0.1)) is Theirs
     assert f"include {__name__}.Theirs" in built[0].reason
 
@@ -157,6 +160,16 @@ def test_a_class_may_be_named_by_any_path_that_leads_to_it():
     assert copy.deepcopy(optimizer).state_dict().keys() == optimizer.state_dict().keys()
     other = mlp()
     assert train(model, optimizer, 10) == train(other, mechanize(lion, s_init="auto")(other.parameters(), lr=1.0), 10)
+
+
+def test_a_name_that_nothing_built_bears_is_warned_about_at_the_end_with_the_closest_one():
+    hint = f"^patched: exclude {__name__}.Their has no effect, .* Did you mean {__name__}.Theirs?"
+    with pytest.warns(UserWarning, match=hint) as caught, patched(exclude=[f"{__name__}.Their", "Adam"]):
+        Theirs(weights(), lr=0.1)
+    assert len(caught) == 1, "a name that exists is no mistake, though it is not built"
+    assert caught[0].filename == __file__
+    with pytest.raises(RuntimeError, match="of the script"), patched(exclude=["no.Such"]):
+        raise RuntimeError("of the script")
 
 
 def test_excluded_classes_stay_plain():
@@ -402,6 +415,10 @@ def test_a_plain_optimizer_in_the_list_has_learned_nothing():
         ({"include": "SGD"}, TypeError, r"patched: include must hold optimizer classes or their names. Got 'SGD'. Rem"),
         ({"exclude": torch.optim.SGD}, TypeError, "patched: exclude must hold"),
         ({"exclude": [int]}, TypeError, "patched: exclude must hold"),
+        ({"exclude": ["Adamm"]}, ValueError, r"Got 'Adamm'. Did you mean Adam or .*\? Remedy: 'AdamW', or"),
+        ({"include": ["torch.optim.LBGFS"]}, ValueError, r"patched: include must name .*Did you mean LBFGS\?"),
+        ({"include": ["torch.optim.adam.Theirs"]}, ValueError, "Got 'torch.optim.adam.Theirs'. Remedy:"),
+        ({"include": ["MechanizedSGD"]}, ValueError, "Got 'MechanizedSGD'. Remedy:"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, error, message):

@@ -1,9 +1,11 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
+import ast
 import gzip
 import inspect
 import io
 import json
+import linecache
 import os
 import platform
 import re
@@ -13,6 +15,7 @@ import sys
 import time
 import types
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
@@ -28,15 +31,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from forks import Python
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
+from mechanic_pytorch.scripts import environment
 from mechanic_pytorch.scripts import report as reporting
 from mechanic_pytorch.scripts import run as command
+from mechanic_pytorch.scripts.confidence import confidence
 from problems import mlp, train
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "scripts").glob("*.py"))
 COMMAND = ["-m", "mechanic_pytorch", "run"]
 NOTHING = "mechanic: no torch.optim optimizer was built in this process"
-ADVICE = re.compile(r"^mechanic: to train without Mechanic, use (\w+) with lr=(\d\.\de-\d\d)$", re.MULTILINE)
+ADVICE = re.compile(r"^mechanic: to train without Mechanic, use (\w+) with lr=(\de-\d\d).*$", re.MULTILINE)
+NO_ADVICE = "mechanic: no lr is advised, because the script ended with "
 
 TRAINING = """
 import os, sys, time, torch
@@ -137,9 +143,14 @@ def test_the_end_is_the_scripts_own_and_the_report_comes_first(script, run, end)
     assert ours.stdout == plain.stdout
     assert ours.stderr.endswith(plain.stderr), "the traceback, as it is without us"
     report = ours.stderr.removesuffix(plain.stderr)
-    assert ADVICE.findall(report)[0][0] == "AdamW"
-    assert report.rstrip().endswith(ADVICE.search(report)[0])
-    assert re.search(r"AdamW\W+20\W+0\W+0\W+1\.0e-03\W+" + ADVICE.search(report)[2], report)
+    learned = re.search(r"AdamW\W+20\W+0\W+0\W+1\.0e-03\W+(\de-\d\d) ", report)[1]
+    last = report.splitlines()[-1]
+    if status == 0:
+        assert ADVICE.findall(report) == [("AdamW", learned)]
+        assert ADVICE.fullmatch(last)
+    else:
+        assert not ADVICE.search(report)
+        assert last.startswith(NO_ADVICE)
 
 
 def test_strict_fails_where_nothing_was_mechanized(script, run):
@@ -175,7 +186,7 @@ def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_p
 def test_a_syntax_error_is_shown_as_python_shows_it(script):
     path = script("x = (\n")
     plain, ours = python(path, check=1), python(*COMMAND, path, check=1)
-    assert ours.stderr == f"{NOTHING}\n{plain.stderr}"
+    assert ours.stderr == plain.stderr
 
 
 def interrupted(*arguments, again_at=None):
@@ -202,7 +213,7 @@ def test_ctrl_c_ends_it_as_it_ends_python(script):
     plain_status, _, plain_err = interrupted(path)
     status, _, err = interrupted(*COMMAND, path)
     assert status == plain_status != 0
-    assert len(ADVICE.findall(err)) == 1
+    assert f"{NO_ADVICE}KeyboardInterrupt\n" in err
     traceback = err[err.index("Traceback") :].splitlines()
     assert traceback[1].startswith(f'  File "{path}", line ')
     assert traceback == plain_err.splitlines()
@@ -214,7 +225,7 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
     path = script(slow + TRAINING + "time.sleep(60)\n")
     status, _, err = interrupted(*COMMAND, "--report", tmp_path / "report", path, again_at="drawing\n")
     assert status != 0
-    assert len(ADVICE.findall(err)) == 1
+    assert f"{NO_ADVICE}KeyboardInterrupt\n" in err
     last = err[err.index("drawing") :].splitlines()
     assert last[1] == "mechanic: the report could not be finished. Got KeyboardInterrupt"
     assert last[2:4] == ["Traceback (most recent call last):", last[3]]
@@ -223,8 +234,9 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
 
 
 def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(command, "show", lambda built: (signal.raise_signal(signal.SIGINT), print("shown")))
-    command._report(types.SimpleNamespace(patch=types.SimpleNamespace(built=[], directory=None)), "finished")
+    monkeypatch.setattr(command, "show", lambda *_: (signal.raise_signal(signal.SIGINT), print("shown")))
+    patch = types.SimpleNamespace(built=[], records={}, directory=None)
+    command._report(patch, "finished")
     assert capsys.readouterr().out == "shown\n"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -237,9 +249,9 @@ def test_the_report_comes_after_what_the_script_has_printed_where_both_go_to_one
         done = python(*COMMAND, path, capture_output=False, stdout=log, stderr=log, env=environment)
     lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert done.returncode == 0
-    assert lines[:2] == ["mechanic: AdamW is mechanized, s_init=auto, 1 parameter group", "trained"]
+    first = "mechanic: AdamW optimizer (script.py:5) is mechanized, s_init=auto, 1 parameter group"
+    assert lines[:2] == [first, "trained"]
     assert ADVICE.match(lines[-1])
-    assert max(map(len, lines)) <= 80
 
 
 def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run):
@@ -247,17 +259,36 @@ def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run)
     assert len(ADVICE.findall(run(*COMMAND, path).stderr)) == 1
 
 
-def test_on_a_terminal_the_report_begins_a_new_line_and_fits_into_it():
+@pytest.mark.parametrize("width", [30, 50, 80])
+def test_a_terminal_gets_a_new_line_first_whole_numbers_and_lines_that_break_between_words(width):
     with patched() as built:
-        model = mlp()
-        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
+        (optimizer,) = [trained([0.1, 0.1, 0.05, 0.1, 0.025])]
+        optimizer.mechanic_tuner.groups[0]["mechanic_steps"].fill_(12_345)
+    numbers = ["12345", "1.0e-01", *(f"{lr:.0e}" for lr in optimizer.learned_lr())]
+    texts = {}
     for is_terminal in (True, False):
-        text = io.StringIO()
-        reporting.show(built, Console(file=text, force_terminal=is_terminal, width=80))
-        lines = text.getvalue().splitlines()
-        assert (lines[0] == "") == is_terminal
-        assert len(lines) == 6 + is_terminal, "no cell is folded"
-        assert lines[-1].startswith("mechanic: to train without Mechanic, use SGD with lr=")
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=width, color_system=None)
+        reporting.show(built, {}, console=console)
+        texts[is_terminal] = file.getvalue()
+        table, sentence = texts[is_terminal].split("mechanic: ")
+        assert all(number in table for number in numbers)
+        assert max(map(len, table.splitlines())) <= max(width, reporting.NARROWEST)
+        assert sentence.split()[:4] == ["to", "train", "without", "Mechanic,"]
+        assert (max(map(len, sentence.splitlines())) <= width) == is_terminal
+    assert texts[True].startswith("\n")
+    assert texts[True].split() == texts[False].split(), "no word and no number is broken"
+
+
+def test_a_script_that_is_not_to_train_gets_no_report(script, run, tmp_path):
+    path = script("import argparse\nargparse.ArgumentParser().parse_args()\n")
+    for argument, status in (("--help", 0), ("--no-such-option", 2)):
+        plain, ours = run(path, argument, check=status), run(*COMMAND, path, argument, check=status)
+        assert (ours.stdout, ours.stderr) == (plain.stdout, plain.stderr)
+    run(*COMMAND, "--report", "out", path, "--help", cwd=tmp_path)
+    assert list((tmp_path / "out").iterdir()) == [], "and a report of before is kept"
+    late = script("from mechanic_pytorch.scripts import run\nrun.AT_ONCE = 0.0\nimport sys\nsys.exit()\n")
+    assert run(*COMMAND, late).stderr == f"{NOTHING}\n", "after hours, it is news"
 
 
 # --- how it begins ----------------------------------------------------------------------------------------------------
@@ -405,11 +436,12 @@ def test_a_scale_per_group_is_printed_and_reported_per_group(script, run):
         )
     )
     done = run(*COMMAND, "--per-group", "--log-every", "20", path)
-    assert "mechanic: AdamW is mechanized, s_init=auto, 2 parameter groups\n" in done.stderr
+    assert "mechanic: AdamW optimizer (script.py:5) is mechanized, s_init=auto, 2 parameter groups\n" in done.stderr
     (lrs,) = re.findall(r"^mechanic: AdamW, step 20: effective lr (.+)$", done.stderr, re.MULTILINE)
     a, b = map(float, lrs.split(", "))
     assert a != b
-    assert re.search(r"use AdamW with lr=\S+ in group 0, lr=\S+ in group 1$", done.stderr, re.MULTILINE)
+    spread = r"\de-\d\d( \(\de-\d\d to \de-\d\d\))?"
+    assert re.search(rf"use AdamW with lr={spread} in group 0, lr={spread} in group 1; ", done.stderr)
 
 
 def test_a_script_without_an_optimizer_is_said_to_have_none(script, run):
@@ -478,9 +510,9 @@ def test_all_processes_are_mechanized_or_none(monkeypatch, launcher):
 # --- the report in words ----------------------------------------------------------------------------------------------
 
 
-def shown(built):
+def shown(built, records=None):
     text = io.StringIO()
-    reporting.show(built, Console(file=text, width=80))
+    reporting.show(built, records or {}, console=Console(file=text, width=80))
     return text.getvalue().splitlines()
 
 
@@ -498,19 +530,108 @@ def trained(lrs, steps=20, cls=torch.optim.SGD):
     return optimizer
 
 
-def test_optimizers_of_one_class_are_numbered():
+def named(source, path):
+    """Return what the optimizers that a script builds are called."""
+    linecache.clearcache()
+    path.write_text(f"import torch\nfrom torch.optim import SGD, Adam\np = [torch.zeros(1)]\n{source}")
     with patched() as built:
-        trained([1e-3], cls=torch.optim.Adam)
-        trained([2e-3], cls=torch.optim.Adam)
-        trained([1.0])
-    lines = shown(built)
-    assert [cells(line)[0] for line in lines[3:6]] == ["Adam 1", "Adam 2", "SGD"]
-    rates = [cells(line)[-1] for line in lines[3:6]]
-    assert lines[-3:] == [
-        f"mechanic: to train without Mechanic, use Adam with lr={rates[0]} (Adam 1)",
-        f"mechanic: to train without Mechanic, use Adam with lr={rates[1]} (Adam 2)",
-        f"mechanic: to train without Mechanic, use SGD with lr={rates[2]}",
+        exec(compile(path.read_text(), path, "exec"), {})
+    names = reporting.names(built)
+    assert list(names) == built
+    return [*names.values()]
+
+
+def test_optimizers_of_one_class_are_told_apart_by_what_the_script_calls_them(tmp_path):
+    path = tmp_path / "train.py"
+    gan = "optimizerD = Adam(\n    p,\n    lr=1e-3,\n)\noptimizerG: Adam = Adam(p)\nother = SGD(p)\n"
+    assert named(gan, path) == ["Adam optimizerD", "Adam optimizerG", "SGD"]
+    of_object = "class Mine(SGD): pass\nclass T: pass\nt = T()\nt.a = SGD(p)\nt.b = SGD(p)\nc = Mine(p)\n"
+    assert named(of_object, path) == ["SGD t.a", "SGD t.b", "Mine"]
+    others = "d = {}\nd['G'] = SGD(p)\nif 0: pass\nelse: x = SGD(p)\n"
+    assert named(others, path) == ["SGD train.py:5", "SGD train.py:7"], "unless all of them have one"
+    assert named("d = {}\nd['G'] = SGD(p)\nd['D'] = SGD(p)\n", path) == ["SGD d['G']", "SGD d['D']"]
+    assert named("def f(): return Adam(p)\ndef g(): return Adam(p)\na, b = f(), g()\n", path) == [
+        "Adam train.py:4",
+        "Adam train.py:5",
     ]
+    assert named("several = [Adam(p) for _ in range(2)]\n", path) == ["Adam 1", "Adam 2"]
+    subclass = "class A(SGD):\n    def __init__(self, *a):\n        super().__init__(*a)\n[A(p)]\n[A(p, 1.0)]\n"
+    assert named(subclass, path) == ["A train.py:7", "A train.py:8"]
+
+
+def test_an_optimizer_that_a_library_builds_is_named_by_the_line_of_the_script_that_calls_it(tmp_path):
+    library = tmp_path / "site-packages" / "library.py"
+    library.parent.mkdir()
+    library.write_text("from torch.optim import SGD\ndef build(p):\n    inner = SGD(p)\n    return inner\n")
+    code = f"import sys; sys.path.insert(0, {str(library.parent)!r}); from library import build\nfirst = build(p)\n"
+    assert named(f"{code}second = build(p)\n", tmp_path / "train.py") == ["SGD first", "SGD second"]
+
+
+def test_the_table_and_the_sentence_name_them_alike():
+    with patched() as built:
+        optimizers = [torch.optim.Adam([p := torch.ones(3, requires_grad=True)]) for _ in range(2)]
+        for optimizer in optimizers:
+            p = optimizer.param_groups[0]["params"][0]
+            for _ in range(3):
+                p.grad = p.detach().clone()
+                optimizer.step()
+    lines = shown(built)
+    assert [cells(line)[0] for line in lines[3:5]] == ["Adam 1", "Adam 2"]
+    rates = [cells(line)[-1] for line in lines[3:5]]
+    assert lines[-2:] == [
+        f"mechanic: to train without Mechanic, use Adam with lr={rates[0]} for Adam 1; only 3 steps",
+        f"mechanic: to train without Mechanic, use Adam with lr={rates[1]} for Adam 2; only 3 steps",
+    ]
+
+
+def row(step, learned, scale=(1.0,), lrs=(1.0,)):
+    """Return what is known after a step: the lr learned so far, the scale, and the lr that the schedule gives."""
+    effective = [lr * scale[i if len(scale) > 1 else 0] for i, lr in enumerate(lrs)]
+    learned = [learned] * len(lrs) if isinstance(learned, float) else learned
+    return types.SimpleNamespace(steps=step, learned_lr=learned, scale=list(scale), effective_lr=effective)
+
+
+@pytest.mark.parametrize(
+    ("rows", "trend"),
+    [
+        ([row(50, 1.0), row(100, 1.4)], "steady"),
+        ([row(50, 1.0), row(51, 3.0), row(100, 1.6)], "rising"),
+        ([row(50, 1.6), row(100, 1.0)], "falling"),
+        ([row(100, 0.1), row(200, 9.0), row(50, 1.0), row(100, 1.0)], "steady"),  # after a reset
+        ([row(50, [1.0, 1.0]), row(100, [1.0, 2.0, 9.0], lrs=(1.0, 1.0, 1.0))], "rising"),
+        ([row(901, 1.0), row(1000, 9.0)], None),  # a resumed run, whose first half is not known
+        ([], None),
+    ],
+)
+def test_an_lr_still_rises_if_half_the_run_would_have_advised_another_digit(rows, trend):
+    assert confidence(rows, 100).trend == trend
+
+
+def test_the_range_is_that_of_the_second_half_without_the_schedule():
+    lrs = [(0.5, 0.05), (1.0, 0.1), (0.5, 0.05), (0.1, 0.01)]
+    rows = [
+        row(step, 1.0, (scale,), lr) for step, scale, lr in zip((1, 2, 3, 4), (9.0, 8.0, 2.0, 4.0), lrs, strict=True)
+    ]
+    assert confidence(rows, 4).ranges == [(2.0, 4.0), pytest.approx((0.2, 0.4))]
+    rows = [row(step, 1.0, (1.0, scale), (1.0, 0.1)) for step, scale in ((1, 1.0), (2, 3.0), (3, 2.0))]
+    assert confidence(rows, 3).ranges == [(1.0, 1.0), pytest.approx((0.2, 0.3))]
+    rows.append(row(4, 1.0, (1.0, 3.0, 0.0), (1.0, 0.1, 1.0)))
+    assert confidence(rows, 4).ranges == [(1.0, 1.0), pytest.approx((0.2, 0.3)), (0.0, 0.0)]
+
+
+def test_the_sentence_says_what_makes_the_lr_uncertain():
+    def sentence(steps, s_init="auto"):
+        with patched(s_init=s_init) as built:
+            model = mlp()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            records = {built[0]: reporting.Record(optimizer, 100)}
+            train(model, optimizer, steps)
+        return ADVICE.fullmatch(shown(built, records)[-1])[0].partition("lr=")[2]
+
+    assert re.fullmatch(r"\de-\d\d; only 1 step", sentence(1))
+    assert re.fullmatch(r"\de-\d\d( \(\de-\d\d to \de-\d\d\))?; still rising; only 20 steps", sentence(20))
+    assert re.fullmatch(r"\de-\d\d \(\de-\d\d to \de-\d\d\); still rising", sentence(120, s_init=1e-8))
+    assert re.fullmatch(r"\de-\d\d( \(\de-\d\d to \de-\d\d\))?", sentence(300))
 
 
 def test_groups_are_told_apart_where_they_differ():
@@ -524,14 +645,14 @@ def test_groups_are_told_apart_where_they_differ():
         return [row[3:] for row in rows], sentence.removeprefix("mechanic: to train without Mechanic, use SGD with ")
 
     ((groups, script_lr, learned),), sentence = rows_and_sentence([0.1] * 30)
-    assert (groups, script_lr, sentence) == ("0-29", "1.0e-01", f"lr={learned}")
+    assert (groups, script_lr, sentence) == ("0-29", "1.0e-01", f"lr={learned}; only 20 steps")
     ((a, _, lr_a), (b, _, lr_b)), sentence = rows_and_sentence([0.1, 0.1, 0.01, 0.1])
     assert (a, b) == ("0-1, 3", "2")
-    assert float(lr_a) == pytest.approx(10 * float(lr_b), rel=0.02)
-    assert sentence == f"lr={lr_a} in groups 0-1, 3, lr={lr_b} in group 2"
+    assert float(lr_a) == pytest.approx(10 * float(lr_b))
+    assert sentence == f"lr={lr_a} in groups 0-1, 3, lr={lr_b} in group 2; only 20 steps"
     rows, sentence = rows_and_sentence([0.1 * 0.8**i for i in range(30)])
     assert [row[0] for row in rows] == [str(i) for i in range(30)]
-    assert sentence == f"lr={rows[-1][2]} to {rows[0][2]}, by group as listed"
+    assert sentence == f"lr={rows[-1][2]} to {rows[0][2]}, by group as listed; only 20 steps"
 
 
 def test_with_base_lr_the_table_has_the_lr_of_the_script_and_the_sentence_the_same_advice():
@@ -541,7 +662,8 @@ def test_with_base_lr_the_table_has_the_lr_of_the_script_and_the_sentence_the_sa
             trained([1e-3])
         row = cells(shown(built)[3])
         assert row[4] == "1.0e-03"
-        learned.append(float(row[5]))
+        learned.append(built[0].learned_lr())
+        assert row[5] == f"{learned[-1][0]:.0e}"
     assert learned[0] == pytest.approx(learned[1], rel=0.03)
 
 
@@ -573,13 +695,13 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path, run):
         + "    loss.backward()\n    return loss\n"
         + "for _ in range(5): optimizer.step(closure)\n"
         + "torch.optim.LBFGS(model.parameters())\n"
-        + "os.chdir('/')\nsys.exit(4)\n"
+        + "os.chdir('/')\nsys.exit(len(sys.argv) - 1)\n"
     )
-    done = run(*COMMAND, "--report", "out/1", path, "--x", check=4, cwd=tmp_path)
+    done = run(*COMMAND, "--report", "out/1", path, cwd=tmp_path)
     out = tmp_path / "out" / "1"
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert report["command"] == [str(path), "--x"]
-    assert report["outcome"] == "SystemExit: 4"
+    assert report["command"] == [str(path)]
+    assert report["outcome"] == "finished"
     assert report["schema"] == 1
     assert report["seconds"] > 0
     assert datetime.fromisoformat(report["started"]).tzinfo is not None
@@ -602,43 +724,51 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path, run):
     assert adamw["loss"] == []
     assert [group["script_lr"] for group in sgd["groups"]] == [0.1, 0.05]
     assert all(a == pytest.approx(2 * b) for _, (a, b) in sgd["effective_lr"])
-    assert re.fullmatch(r"to train without Mechanic, use SGD with lr=\S+ in group 0, lr=\S+ in group 1", sgd["advice"])
+    assert re.match(r"to train without Mechanic, use SGD with lr=\S.* in group 0, lr=\S.* in group 1; ", sgd["advice"])
+    assert (sgd["has_few_steps"], adamw["built_at"], adamw["variable"]) == (True, f"{path}:5", "optimizer")
+    assert adamw["trend"] == "rising", "it begins with a scale that is much too small"
+    low, high = adamw["groups"][0]["range"]
+    assert (low, high) == tuple(f(lrs[0] for _, lrs in adamw["effective_lr"][10:]) for f in (min, max))
     assert [step for step, _ in sgd["loss"]] == [1, 2, 3, 4, 5]
     assert sgd["loss"][0][1] > sgd["loss"][-1][1] > 0
     assert (lbfgs["mechanized"], lbfgs["steps"], lbfgs["groups"]) == (
         False,
         None,
-        [{"script_lr": 1.0, "learned_lr": None}],
+        [{"script_lr": 1.0, "learned_lr": None, "range": None}],
     )
     height, width, _ = image.imread(out / "effective_lr.png").shape
     assert min(height, width) > 600
     assert f"mechanic: report in {out}" in done.stderr.splitlines()
+    run(*COMMAND, "--report", "out/1", path, "--x", check=1, cwd=tmp_path)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert (report["command"], report["outcome"]) == ([str(path), "--x"], "SystemExit: 1")
+    assert [one["advice"] for one in report["optimizers"]] == [None] * 3
+    assert report["optimizers"][0]["groups"][0]["learned_lr"] == adamw["groups"][0]["learned_lr"]
 
 
 def test_a_report_that_cannot_be_written_changes_nothing(script, tmp_path, run):
     path = script(TRAINING + "import shutil; shutil.rmtree('out')\nsys.exit(5)\n")
     done = run(*COMMAND, "--report", "out", path, check=5, cwd=tmp_path)
     assert "mechanic: the report could not be finished. Got FileNotFoundError" in done.stderr
-    assert ADVICE.search(done.stderr)
+    assert f"{NO_ADVICE}SystemExit: 5\n" in done.stderr
 
 
-def record_of_training(steps, closure):
+def record_of_training(steps, closure, capacity=100):
     with patched() as built:
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    record = reporting.Record(optimizer)
+    record = reporting.Record(optimizer, capacity)
     losses = train(model, optimizer, steps, closure=closure)
     return built, {built[0]: record}, losses
 
 
-def test_curves_are_bounded(monkeypatch):
-    monkeypatch.setattr(reporting, "CAPACITY", 8)
-    _, records, losses = record_of_training(30, closure=True)
+def test_curves_are_bounded():
+    _, records, losses = record_of_training(30, closure=True, capacity=8)
     (record,) = records.values()
-    effective_lr, kept = record.read()
+    rows, kept = record.read()
     assert [step for step, _ in kept] == [1, 5, 9, 13, 17, 21, 25, 29]
     assert [loss for _, loss in kept] == [losses[step - 1] for step, _ in kept]
-    assert [step for step, _ in effective_lr] == [step for step, _ in kept]
+    assert [row.steps for row in rows] == [step for step, _ in kept]
 
 
 def scalars(directory):
@@ -653,7 +783,7 @@ def test_tensorboard_gets_every_curve_and_no_earlier_one(tmp_path):
         assert reporting.write(tmp_path, built, records, {}) == []
     (record,) = records.values()
     expected = {
-        "AdamW/effective lr": [(step, lr) for step, (lr,) in record.read()[0]],
+        "AdamW/effective lr": [(row.steps, *row.effective_lr) for row in record.read()[0]],
         "AdamW/loss": list(enumerate(losses, 1)),
     }
     logged = scalars(tmp_path)
@@ -674,7 +804,7 @@ def test_tensorboard_is_asked_for_if_it_is_not_there(monkeypatch, tmp_path):
 def test_groups_of_one_lr_share_a_curve_and_late_ones_begin_late(tmp_path):
     with patched() as built:
         optimizer = trained([0.1, 0.1, 0.01], steps=0)
-        record = reporting.Record(optimizer)
+        record = reporting.Record(optimizer, 100)
         for steps in (2, 3):
             for _ in range(steps):
                 for group in optimizer.param_groups:
@@ -695,7 +825,7 @@ def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(monkeypatch, t
     records = {}
     with patched() as built:
         for i in range(3):
-            record = reporting.Record(optimizer := trained([0.1 * 0.8**j for j in range(30)], steps=0))
+            record = reporting.Record(optimizer := trained([0.1 * 0.8**j for j in range(30)], steps=0), 100)
             records[built[i]] = record
             for _ in range(3):
                 for group in optimizer.param_groups:
@@ -715,13 +845,119 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
     assert report["optimizers"][0]["groups"][0]["script_lr"] is None
 
 
-def test_nothing_is_drawn_of_a_run_without_steps(tmp_path):
-    with patched() as built:
-        torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
-    assert reporting.write(tmp_path, built, {}, {}) == [
-        "no picture: no step was recorded, as those of a compiled optimizer.step are not"
-    ]
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+def test_where_nothing_is_drawn_the_true_reason_is_given(tmp_path):
+    def reason(steps, **options):
+        with patched(**options) as built:
+            optimizer = trained([0.1], steps)
+        (problem,) = reporting.write(tmp_path, built, {}, {})
+        assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+        assert optimizer is built[0].optimizer
+        return problem.removeprefix("no picture: ")
+
+    assert reason(steps=0) == "no step was made"
+    assert reason(steps=3, exclude=["SGD"]) == "no optimizer was mechanized"
+    assert reason(steps=3) == "no step was recorded, as those of a compiled optimizer.step are not"
+
+
+# --- without Mechanic, at the learned lr ------------------------------------------------------------------------------
+
+OF_A_GAN = """
+import sys, torch
+p, q, r = ([torch.ones(3, requires_grad=True)] for _ in range(3))
+optimizerD = torch.optim.Adam([{"params": p}, {"params": q, "lr": 1e-4}], lr=1e-3)
+unused = torch.optim.SGD(p, lr=0.5)
+optimizerG = torch.optim.Adam(r, lr=1e-3)
+for _ in range(20):
+    for (x,) in (p, q, r): x.grad = x.detach() + 1
+    optimizerD.step()
+    optimizerG.step()
+optimizerD.add_param_group({"params": [torch.ones(3)], "lr": 2e-3})
+print([(type(o).__name__, [g["lr"] for g in o.param_groups]) for o in (optimizerD, unused, optimizerG)])
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--per-group"]])
+def test_a_script_runs_without_mechanic_at_the_lrs_of_a_report(script, run, tmp_path, options):
+    path, report = script(OF_A_GAN), tmp_path / "out" / "report.json"
+    run(*COMMAND, *options, "--report", report.parent, path)
+    (a, b, late), _, (g,) = (
+        [group["learned_lr"] for group in one["groups"]] for one in json.loads(report.read_text())["optimizers"]
+    )
+    done = run(*COMMAND, "--plain-from", report, path)
+    names, lrs = zip(*ast.literal_eval(done.stdout), strict=True)
+    assert names == ("Adam", "SGD", "Adam")
+    assert lrs[0][:2] == pytest.approx([a, b])
+    assert lrs[0][2] == pytest.approx(2 * max(a, b)), "the ratios hold for groups to come"
+    assert lrs[1:] == ([0.5], pytest.approx([g]))
+    assert (a == pytest.approx(10 * b)) == (not options)
+    assert late == (0 if options else pytest.approx(2 * a))
+    assert re.fullmatch(
+        r"mechanic: Adam optimizerD \(script.py:4\) stays plain, with lr=\S+(, \S+)?\n"
+        r"mechanic: Adam optimizerG \(script.py:6\) stays plain, with lr=\S+\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "Adam(r, lr=1e-3)",
+            "AdamW(r, lr=1e-3)",
+            "optimizer 3 must be the one of the report, torch.optim.adam.Adam.",
+        ),
+        (
+            "Adam(r, lr=1e-3)",
+            "Adam(r, lr=0.0)",
+            "at most 1 groups, as in the report. Got 1 with lr 0.0 at",
+        ),
+        ("Adam(r,", "Adam([{'params': r}, {'params': p}],", "Got 2 with lr 0.001, 0.001 at"),
+        ("unused =", "more = torch.optim.Adam(p)\nunused =", "optimizer 2 must be the one of the report"),
+    ],
+)
+def test_a_script_that_does_not_fit_the_report_is_ended_with_a_remedy(script, run, tmp_path, old, new, message):
+    assert OF_A_GAN.count(old) == 1
+    run(*COMMAND, "--report", "out", script(OF_A_GAN), cwd=tmp_path)
+    done = run(*COMMAND, "--plain-from", "out/report.json", script(OF_A_GAN.replace(old, new)), check=1, cwd=tmp_path)
+    assert "mechanic: --plain-from out/report.json: " in done.stderr
+    assert message in done.stderr
+    assert done.stderr.endswith("Remedy: run the same script with the same arguments, or set the lr by hand.\n")
+
+
+def test_an_optimizer_that_the_script_no_longer_builds_is_named(script, run, tmp_path):
+    run(*COMMAND, "--report", "out", script(OF_A_GAN), cwd=tmp_path)
+    fewer = script(OF_A_GAN.partition("unused =")[0])
+    done = run(*COMMAND, "--plain-from", "out/report.json", fewer, cwd=tmp_path)
+    last = "the script has not built torch.optim.adam.Adam, which the report has too"
+    assert done.stderr.splitlines()[-1] == f"mechanic: --plain-from: {last}"
+
+
+def test_an_lr_of_a_run_that_failed_is_given_with_a_warning(script, run, tmp_path):
+    run(*COMMAND, "--report", "out", script(TRAINING + "sys.exit(3)"), check=3, cwd=tmp_path)
+    done = run(*COMMAND, "--plain-from", "out/report.json", script(TRAINING), cwd=tmp_path)
+    warning = "may be far off, because the script ended with SystemExit: 3 in that run"
+    assert done.stderr.splitlines()[0] == f"mechanic: the lr of out/report.json {warning}"
+
+
+@pytest.mark.parametrize(
+    ("report", "options", "message"),
+    [
+        ("{", [], "JSONDecodeError"),
+        ("[]", [], "TypeError"),
+        ('{"optimizers": [], "outcome": "finished", "options": {}}', [], "KeyError: 'per_group'"),
+        ('{"optimizers": [], "outcome": "finished", "options": {"per_group": false}}', [], "with a learned lr. Got"),
+        ("{}", ["--s-init", "auto"], "--plain-from goes with no option but -m. Got --s-init. Remedy:"),
+        ("{}", ["--strict"], "Got --strict. Remedy:"),
+    ],
+)
+def test_a_report_that_holds_no_lr_is_refused(tmp_path, monkeypatch, capsys, report, options, message):
+    path = tmp_path / "r.json"
+    path.write_text(report)
+    monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--plain-from", str(path), *options, __file__])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -736,6 +972,7 @@ def test_nothing_is_drawn_of_a_run_without_steps(tmp_path):
         (["--base-lr", "-1", __file__], "patched: base_lr must be a finite number > 0, or None. Got -1.0. Remedy:"),
         (["--betas", "0.9;0.99", __file__], "'0.9;0.99' is not a list of numbers such as 0.9,0.99."),
         (["--report", __file__, __file__], "is a file"),
+        (["--exclude", "Adamm", __file__], "Got 'Adamm'. Did you mean Adam"),
         (["--no-such-option", __file__], "No such option"),
         ([], "Missing argument 'SCRIPT'"),
     ],
@@ -762,12 +999,69 @@ def test_help_names_every_option_of_mechanize_and_keeps_the_examples_on_their_li
     assert all(f"--{option.replace('_', '-')}" in text for option in ours)
 
 
+def test_a_name_that_nothing_bears_is_reported_with_the_closest_one(script, run):
+    path = script(
+        TRAINING.replace("optimizer = torch.optim.AdamW", "class Mine(torch.optim.AdamW): pass\noptimizer = Mine")
+    )
+    done = run(*COMMAND, "--include", "__main__.Mien", "--exclude", "torch.optim.LBFGS", path)
+    reason = "no such optimizer was built. Did you mean __main__.Mine?"
+    assert done.stderr.splitlines()[-1] == f"mechanic: --include __main__.Mien has no effect, because {reason}"
+
+
+def without(modules, *arguments, **options):
+    """Call the command where these modules cannot be imported."""
+    hidden = f"sys.modules.update(dict.fromkeys({modules!r}))"
+    code = f"import sys; sys.argv[0] = 'mechanic'; {hidden}; from mechanic_pytorch.__main__ import main; main()"
+    return python("-c", code, *arguments, **options)
+
+
 @pytest.mark.parametrize("missing", ["click", "rich"])
 def test_a_missing_extra_is_named(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; import mechanic_pytorch.__main__ as m; m.main()"
-    done = python("-c", code, check=1)
-    rule = f"the command needs click and rich. Got no module named {missing!r}."
-    assert done.stderr == f"mechanic: {rule} Remedy: pip install 'mechanic-pytorch[run]'.\n"
+    done = without([missing], "run", "train.py", check=1)
+    rule = f"it needs click and rich. Got no module named {missing!r}."
+    assert done.stderr == f"mechanic run: {rule} Remedy: pip install 'mechanic-pytorch[run]'.\n"
+
+
+def test_help_and_version_need_no_extra_and_do_not_wait_for_torch():
+    nothing = ["click", "rich", "matplotlib", "torch"]
+    (short, long, none) = (without(nothing, *arguments, check=0) for arguments in (["-h"], ["--help"], []))
+    assert short.stdout == long.stdout == none.stdout
+    assert long.stdout.startswith("Usage: mechanic COMMAND ...\n")
+    assert {"run", "env"} <= set(re.findall(r"^  (\w+)  ", long.stdout, re.MULTILINE))
+    for option in ("-V", "--version"):
+        assert without(nothing, option, check=0).stdout == f"mechanic {version('mechanic-pytorch')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["train.py", "--lr", "1 e"], "mechanic run train.py --lr '1 e'"),
+        ([str(ROOT)], f"mechanic run {ROOT}"),
+        (["--report", "out", "train.py"], "mechanic run --report out train.py"),
+        (["rum", "train.py"], "mechanic run"),
+        (["wandb"], "mechanic --help"),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_that_was_probably_meant(arguments, remedy, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mechanic", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"mechanic: there is no command {arguments[0]!r}. Remedy: {remedy}\n"
+
+
+def test_env_says_what_a_bug_report_needs():
+    done = without(["click", "rich", "matplotlib"], "env", check=0)
+    said = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert said["mechanic-pytorch"] == version("mechanic-pytorch")
+    assert said["Python"].startswith(platform.python_version())
+    assert said["torch"] == version("torch")
+    assert said["cpu"].endswith("kernel: blocks")
+
+
+def test_env_says_which_kernel_fails_and_why(monkeypatch):
+    monkeypatch.setenv("MECHANIC_KERNEL", "fast")
+    assert "none works. Got ValueError: mechanic_pytorch: MECHANIC_KERNEL must be" in environment.describe()
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_script_runs(capsys, monkeypatch, tmp_path):

@@ -1,12 +1,47 @@
-"""The command `mechanic`, as `python -m mechanic_pytorch`."""
+"""The command `mechanic`, also as `python -m mechanic_pytorch`. What it needs is imported when it is needed."""
 
 from __future__ import annotations
 
+import shlex
 import sys
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+
+HELP = """\
+Usage: mechanic COMMAND ...
+
+Mechanic: learn the scale of the learning rate while a script trains.
+
+Commands:
+  run  Run a training script with mechanized optimizers: mechanic run train.py
+  env  Show versions, devices and kernels, for bug reports.
+
+Options:
+  -h, --help     Show this message. "mechanic run --help" has the options of run.
+  -V, --version  Show the version.
+"""
 
 
 def main() -> None:
-    """Run the command, if what it is made of is installed."""
+    """Do what the command line says."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command in ("-V", "--version"):
+        print(f"mechanic {version('mechanic-pytorch')}")
+    elif command == "env":
+        from mechanic_pytorch.scripts import environment
+
+        print(environment.describe())
+    elif command == "run":
+        _run()
+    else:
+        print(f"mechanic: there is no command {command!r}. Remedy: {_remedy(command)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run() -> None:
     try:
         from mechanic_pytorch.scripts import run
     except ModuleNotFoundError as missing:
@@ -14,10 +49,17 @@ def main() -> None:
         if package not in ("click", "rich"):
             raise
         sys.exit(
-            f"mechanic: the command needs click and rich. Got no module named {package!r}. "
+            f"mechanic run: it needs click and rich. Got no module named {package!r}. "
             "Remedy: pip install 'mechanic-pytorch[run]'."
         )
-    run.main()
+    run.main(sys.argv[2:])
+
+
+def _remedy(command: str) -> str:
+    """Return what was probably meant."""
+    if command.startswith("-") or command.endswith(".py") or Path(command).exists():
+        return shlex.join(["mechanic", "run", *sys.argv[1:]])
+    return f"mechanic {next(iter(get_close_matches(command, ['run', 'env'])), '--help')}"
 
 
 if __name__ == "__main__":

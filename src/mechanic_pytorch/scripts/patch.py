@@ -8,8 +8,10 @@ copy call no `__init__`: what they make is of the class that it was before.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +27,7 @@ from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
 from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of
 from mechanic_pytorch.mechanic import Mechanic, mechanize
+from mechanic_pytorch.scripts.place import place_of
 
 Named = type[Optimizer] | str
 
@@ -54,8 +57,9 @@ def patched(
     Args:
         base_lr: None keeps the learning rate of the code, which makes no difference with s_init="auto". A number
             replaces it, in proportion: the group with the largest lr gets this one.
-        include: further classes to mechanize, or their names: "LBFGS", "package.Class".
-        exclude: classes to leave plain, or their names.
+        include: further classes to mechanize, or their names: "LBFGS", "package.Class". Names that turn out to be those
+            of nothing that was built are warned about at the end.
+        exclude: classes to leave plain, or their names, likewise.
         s_init: as for `mechanize`, but "auto" by default.
         **options: the other options of `mechanize`.
 
@@ -65,7 +69,8 @@ def patched(
 
     Raises:
         TypeError: an option is of the wrong kind or does not exist.
-        ValueError: an option breaks its rule.
+        ValueError: an option breaks its rule; a name without a package is that of no optimizer of torch, nor of an
+            imported one.
 
     Example:
         >>> import torch
@@ -82,7 +87,16 @@ def patched(
         >>> [(one.base.__name__, one.steps, one.script_lrs) for one in built]
         [('AdamW', 20, [0.001])]
     """
-    return patching(Patch(base_lr, include, exclude, {"s_init": s_init, **options}))
+    return _warning(Patch(base_lr, include, exclude, {"s_init": s_init, **options}))
+
+
+@contextmanager
+def _warning(patch: Patch) -> Iterator[list[Built]]:
+    """Patch, and warn at the end of names without effect."""
+    with patching(patch) as built:
+        yield built
+    for sentence in patch.without_effect():
+        warnings.warn(f"patched: {sentence}", stacklevel=3)  # where the `with` of the caller is
 
 
 class Built:
@@ -102,6 +116,7 @@ class Built:
         self._config = optimizer.mechanic_config if isinstance(optimizer, Mechanic) else None
         self.is_mechanized = self._config is not None
         self.reason = reason  # why it was left as it is, or None
+        self.place = place_of(optimizer)  # the line of code that built it
         self.script_lrs: list[float] = []  # per group, as the code gave them
         self._factor = 1.0
         self._groups: list[dict[str, Any]] = []
@@ -114,6 +129,11 @@ class Built:
     def optimizer(self) -> Optimizer | None:
         """The optimizer, or None if it is gone."""
         return self._reference()
+
+    def described(self) -> str:
+        """Return class, variable and line, as in "Adam optimizerD (train.py:41)"."""
+        where = f" ({self.place})" if self.place.path else ""
+        return f"{self.base.__name__} {self.place.variable}".rstrip() + where
 
     @property
     def steps(self) -> int:
@@ -187,6 +207,7 @@ class Patch:
         self.include, self.exclude = _names("include", include), _names("exclude", exclude)
         self.options = options
         self.built: list[Built] = []
+        self._seen: set[type[Optimizer]] = set()
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
         """Say why this class is left as it is, or None if it is not."""
@@ -210,11 +231,27 @@ class Patch:
     def add(self, optimizer: Optimizer, one: Built) -> None:
         """List an optimizer that was built."""
         self.built.append(one)
+        self._seen.add(one.base)
+
+    def without_effect(self) -> list[str]:
+        """Say which names of `include` and `exclude`, of those that can be checked only now, nothing bears."""
+        paths = [f"{cls.__module__}.{cls.__qualname__}" for cls in self._seen]
+        return [
+            f"{argument} {name} has no effect, because no such optimizer was built.{_hint(name, paths)}"
+            for argument, names in (("include", self.include), ("exclude", self.exclude))
+            for name in names
+            if isinstance(name, str) and _is_of_others(name) and not any(_bears(cls, name) for cls in self._seen)
+        ]
 
 
 def is_torchs(cls: type[Optimizer]) -> bool:
     """Return True if this is an optimizer of `torch.optim`."""
-    return f"{cls.__module__}.".startswith("torch.optim.")
+    return _is_in_torch_optim(cls.__module__)
+
+
+def _is_in_torch_optim(module: str) -> bool:
+    """Return True for `torch.optim` and the modules in it."""
+    return f"{module}.".startswith("torch.optim.")
 
 
 def _names(argument: str, names: Iterable[Named]) -> list[Named]:
@@ -224,9 +261,46 @@ def _names(argument: str, names: Iterable[Named]) -> list[Named]:
         raise TypeError(f"{rule} Got {names!r}. {remedy}")
     listed = list(names)
     for name in listed:
-        if not isinstance(name, str) and not (isinstance(name, type) and issubclass(name, Optimizer)):
+        if isinstance(name, str):
+            _check_name(argument, name)
+        elif not (isinstance(name, type) and issubclass(name, Optimizer)):
             raise TypeError(f"{rule} Got {name!r}. {remedy}")
     return listed
+
+
+def _is_of_others(name: str) -> bool:
+    """Return True for a name with a package that is not torch: it may be imported later."""
+    module = name.rpartition(".")[0]
+    return bool(module) and not _is_in_torch_optim(module)
+
+
+def _check_name(argument: str, name: str) -> None:
+    """Refuse a name without a package, or one of torch.optim, that nothing bears."""
+    if _is_of_others(name):
+        return
+    module, _, last = name.rpartition(".")
+    known = {name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, Optimizer)}
+    if not module:
+        known |= {cls.__name__ for cls in _subclasses(Optimizer)}
+    if last not in known:
+        raise ValueError(
+            f"patched: {argument} must name optimizers of torch.optim, or others with their package. Got {name!r}."
+            f"{_hint(last, known)} Remedy: 'AdamW', or 'package.Class' for a class of others."
+        )
+
+
+def _subclasses(cls: type[Optimizer]) -> Iterator[type[Optimizer]]:
+    """Return all that is derived from a class, but nothing that we have made."""
+    for each in cls.__subclasses__():
+        if not issubclass(each, Mechanic):
+            yield each
+            yield from _subclasses(each)
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """Return the question whether another name was meant."""
+    close = difflib.get_close_matches(name, sorted(known))
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _bears(cls: type[Optimizer], name: Named) -> bool:

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import platform
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,29 +20,31 @@ from torch.optim import Optimizer
 
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch._watch import said
+from mechanic_pytorch.scripts.confidence import Confidence, confidence
 from mechanic_pytorch.scripts.patch import Built, is_torchs
-from mechanic_pytorch.telemetry import Snapshot, Thinned, read, snapshot
+from mechanic_pytorch.telemetry import ReadOut, Snapshot, Thinned, read, snapshot
 
 CAPACITY = 1000  # points per curve
+ROUGH = 100  # where no curve is asked for, but how far the learned lr can be trusted
 PANELS = 20  # optimizers in the picture
+NARROWEST = 40  # what the table needs; a terminal that is narrower breaks its lines
 COLORS = 10  # curves that the default colors tell apart
 
 
 class Record:
-    """The effective lr of one optimizer over its steps, and the loss where a closure returns it. Reads no device."""
+    """What one optimizer learns over its steps, and the loss where a closure returns it. No step reads the device."""
 
-    def __init__(self, optimizer: Any) -> None:
-        self._rows: Thinned[tuple[Snapshot, Any]] = Thinned(CAPACITY)
+    def __init__(self, optimizer: Any, capacity: int) -> None:
+        self._rows: Thinned[tuple[Snapshot, Any]] = Thinned(capacity)
         self._seen: list[Any] = []
         optimizer.register_step_pre_hook(self._watch)
         optimizer.register_step_post_hook(self._keep)
 
-    def read(self) -> tuple[list[tuple[int, list[float]]], list[tuple[int, float]]]:
-        """Return (step, the effective lr of each group), and (step, the loss before it), if a closure returned one."""
+    def read(self) -> tuple[list[ReadOut], list[tuple[int, float]]]:
+        """Return what was learned after each step kept, and (step, the loss before it), if a closure returned one."""
         rows = read([taken for taken, _ in self._rows.values])
         losses = [loss for _, loss in self._rows.values]
-        effective_lr = [(row.steps, row.effective_lr) for row in rows]
-        return effective_lr, [(row.steps, float(x)) for row, x in zip(rows, losses, strict=True) if x is not None]
+        return rows, [(row.steps, float(x)) for row, x in zip(rows, losses, strict=True) if x is not None]
 
     def _watch(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._seen.clear()
@@ -70,61 +71,110 @@ class Record:
             self._rows.add(lambda: (snapshot(optimizer), self._seen[0] if self._seen else None))
 
 
-def names(built: Iterable[Built]) -> dict[Built, str]:
-    """Return what to call each of them: its class, with a number where there are several of that class."""
-    classes = [one.base.__name__ for one in built]
-    total, so_far = Counter(classes), Counter[str]()
+def names(built: Sequence[Built]) -> dict[Built, str]:
+    """Return what to call each of them: its class, and where there are several of that class, what tells them apart.
+
+    That is the variable of the script, as in "Adam optimizerD", else the line that builds it, else a number.
+    """
     called = {}
-    for one, name in zip(built, classes, strict=True):
-        so_far[name] += 1
-        called[one] = name if total[name] == 1 else f"{name} {so_far[name]}"
-    return called
+    for name, which in _alike(one.base.__name__ for one in built).items():
+        same = [built[i] for i in which]
+        variables, lines = [one.place.variable for one in same], [str(one.place) for one in same]
+        marks = next((m for m in (variables, lines) if all(m) and len({*m}) == len(m)), range(1, len(same) + 1))
+        called.update({one: f"{name} {mark}" if len(same) > 1 else name for one, mark in zip(same, marks, strict=True)})
+    return {one: called[one] for one in built}
 
 
-def advice(one: Built, name: str) -> str | None:
-    """Return the sentence that says how to go on without Mechanic, or None if it was never told."""
-    learned = [f"{lr:.1e}" for lr in one.learned_lr()]
-    if not any(map(float, learned)):
+def why_no_advice(outcome: str) -> str | None:
+    """Return why a run that has ended like this gives no advice, or None if it does."""
+    if outcome == "finished":
         return None
-    by_value = _alike(learned)
+    if outcome == "running":
+        return "the script has not ended"
+    return f"the script ended with {outcome.splitlines()[0]}"
+
+
+def advice(one: Built, name: str, trust: Confidence) -> str:
+    """Return the sentence that says how to go on without Mechanic, of an optimizer that has learned an lr."""
+    learned = one.learned_lr()
+    rates = [_digit(lr) for lr in learned]
+    for i, ends in enumerate(trust.ranges[: len(rates)]):
+        low, high = map(_digit, ends)
+        rates[i] += f" ({low} to {high})" if low != high else ""
+    by_value = _alike(rates)
     if len(by_value) == 1:
-        values = f"lr={learned[0]}"
+        values = f"lr={rates[0]}"
     elif len(by_value) <= 4:
-        values = ", ".join(f"lr={value} in {_groups(which)}" for value, which in by_value.items())
+        values = ", ".join(f"lr={rate} in {_groups(which)}" for rate, which in by_value.items())
     else:
-        values = f"lr={min(learned, key=float)} to {max(learned, key=float)}, by group as listed"
-    which_one = "" if name == one.base.__name__ else f" ({name})"
-    return f"to train without Mechanic, use {one.base.__name__} with {values}{which_one}"
+        values = f"lr={_digit(min(learned))} to {_digit(max(learned))}, by group as listed"
+    of_which = "" if name == one.base.__name__ else f" for {name}"
+    sentence = f"to train without Mechanic, use {one.base.__name__} with {values}{of_which}"
+    return "; ".join([sentence, *trust.remarks()])
 
 
-def show(built: Sequence[Built], console: Console | None = None) -> None:
+def _digit(lr: float) -> str:
+    """Return a learned lr as it is known, to one digit."""
+    return f"{lr:.0e}"
+
+
+def show(
+    built: Sequence[Built],
+    records: Mapping[Built, Record],
+    outcome: str = "finished",
+    console: Console | None = None,
+) -> None:
     """Print what was learned, to stderr."""
     console = console or Console(stderr=True)
-
-    def say(line: str) -> None:
-        console.print(Text(f"mechanic: {line}"), soft_wrap=True)
-
+    tell = functools.partial(say, console=console)
     if console.is_terminal:
         console.print()  # the line there may hold half a progress bar, or ^C
     called = names(built)
     if not any(one.is_mechanized or is_torchs(one.base) for one in built):
-        say("no torch.optim optimizer was built in this process")
+        tell("no torch.optim optimizer was built in this process")
     mechanized = [one for one in built if one.is_mechanized]
     if mechanized:
-        table = Table("optimizer", "steps", "skipped", "group", "script's lr", "learned peak lr", highlight=False)
+        table = _table(console)
         for one in mechanized:
             who = [called[one], str(one.steps), str(one.skipped_steps)]
-            rows = [(f"{a:.1e}", f"{b:.1e}") for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
+            rows = [(f"{a:.1e}", _digit(b)) for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
             for values, which in _alike(rows).items():
                 table.add_row(*who, _ranges(which), *values)
                 who = [""] * 3
-        console.print(table)
+        console.print(table, crop=False)
+    obstacle = why_no_advice(outcome)
+    if obstacle and any(any(one.learned_lr()) for one in mechanized):
+        tell(f"no lr is advised, because {obstacle}")
     for one in mechanized:
-        say(advice(one, called[one]) or f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
+        if not any(one.learned_lr()):
+            tell(f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
+        elif obstacle is None:
+            tell(advice(one, called[one], trust_in(one, records.get(one))))
     for reason in dict.fromkeys(f"{one.base.__name__} was left as it is: {one.reason}" for one in built if one.reason):
-        say(reason)
+        tell(reason)
     for warning in sorted(said):
-        say(warning)
+        tell(warning)
+
+
+def say(line: str, console: Console | None = None) -> None:
+    """Print a line to stderr; a terminal gets it wrapped between words, a file as it is."""
+    console = console or Console(stderr=True)
+    console.print(Text(f"mechanic: {line}"), soft_wrap=not console.is_terminal)
+
+
+def _table(console: Console) -> Table:
+    """Return a table in which words wrap, and numbers never."""
+    table = Table(highlight=False, padding=(0, int(console.width >= 80)))
+    table.width = NARROWEST if console.width < NARROWEST else None
+    table.add_column("optimizer", overflow="fold")
+    for name in ("steps", "skipped", "group", "script's lr", "learned peak lr"):
+        table.add_column(name if console.width >= 80 else name.replace(" ", "\n", 1), no_wrap=name != "group")
+    return table
+
+
+def trust_in(one: Built, record: Record | None) -> Confidence:
+    """Return how far what this optimizer has learned can be trusted."""
+    return confidence(record.read()[0] if record else [], one.steps - one.skipped_steps)
 
 
 def _why_nothing(one: Built) -> str:
@@ -172,7 +222,7 @@ def write(
     optimizers = write_json(directory, built, records, facts)
     recorded = [one for one in optimizers if one["effective_lr"]]
     if not recorded:
-        return ["no picture: no step was recorded, as those of a compiled optimizer.step are not"]
+        return [f"no picture: {_why_no_picture(built)}"]
     _draw(picture, recorded[:PANELS])
     problems = _log_for_tensorboard(log, recorded)
     if len(recorded) > PANELS:
@@ -180,11 +230,18 @@ def write(
     return problems
 
 
+def _why_no_picture(built: Sequence[Built]) -> str:
+    if any(one.steps for one in built):
+        return "no step was recorded, as those of a compiled optimizer.step are not"
+    return "no step was made" if any(one.is_mechanized for one in built) else "no optimizer was mechanized"
+
+
 def write_json(
     directory: Path, built: Sequence[Built], records: Mapping[Built, Record], facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Write report.json, in the place of an earlier one, whole or not at all; return what it holds of optimizers."""
-    optimizers = [_as_json(one, name, records.get(one)) for one, name in names(built).items()]
+    has_advice = why_no_advice(str(facts.get("outcome", "finished"))) is None
+    optimizers = [_as_json(one, name, records.get(one), has_advice) for one, name in names(built).items()]
     versions = {"mechanic_pytorch": version("mechanic-pytorch"), "torch": torch.__version__}
     versions["python"] = platform.python_version()
     text = json.dumps(_finite({**facts, "versions": versions, "optimizers": optimizers}), indent=2, allow_nan=False)
@@ -194,22 +251,29 @@ def write_json(
     return optimizers
 
 
-def _as_json(one: Built, name: str, record: Record | None) -> dict[str, Any]:
+def _as_json(one: Built, name: str, record: Record | None, has_advice: bool) -> dict[str, Any]:
+    rows, losses = record.read() if record else ([], [])
+    trust = confidence(rows, one.steps - one.skipped_steps)
     learned: Sequence[float | None] = one.learned_lr() or [None] * len(one.script_lrs)
+    pairs = zip(one.script_lrs, learned, strict=False)  # groups may have gone
     groups = [
-        {"script_lr": a, "learned_lr": b} for a, b in zip(one.script_lrs, learned, strict=False)
-    ]  # groups may have gone
-    effective_lr, losses = record.read() if record else ([], [])
+        {"script_lr": a, "learned_lr": b, "range": trust.ranges[i] if i < len(trust.ranges) else None}
+        for i, (a, b) in enumerate(pairs)
+    ]
     return {
         "name": name,
         "class": f"{one.base.__module__}.{one.base.__qualname__}",
+        "built_at": f"{one.place.path}:{one.place.line}",
+        "variable": one.place.variable,
         "mechanized": one.is_mechanized,
         "reason": one.reason,
         "steps": one.steps if one.is_mechanized else None,
         "skipped_steps": one.skipped_steps if one.is_mechanized else None,
         "groups": groups,
-        "advice": advice(one, name),
-        "effective_lr": effective_lr,
+        "trend": trust.trend,
+        "has_few_steps": trust.has_few_steps if one.is_mechanized else None,
+        "advice": advice(one, name, trust) if has_advice and any(one.learned_lr()) else None,
+        "effective_lr": [(row.steps, row.effective_lr) for row in rows],
         "loss": losses,
     }
 

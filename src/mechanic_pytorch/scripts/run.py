@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -26,16 +26,19 @@ from typing import Any
 
 import click
 import torch.distributed as dist
+from click.core import ParameterSource
 from torch.optim import Optimizer
 
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
-from mechanic_pytorch.scripts.report import Record, show, write, write_json
+from mechanic_pytorch.scripts.plain import PlainPatch
+from mechanic_pytorch.scripts.report import CAPACITY, ROUGH, Record, names, say, show, write, write_json
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
+AT_ONCE = 60.0  # a script that ends itself sooner, and without an optimizer, was not to train: --help, a wrong argument
 
 
 class _ScriptPatch(Patch):
@@ -83,12 +86,12 @@ class _ScriptPatch(Patch):
             return
         count = len(optimizer.param_groups)
         groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
-        _say(f"{one.base.__name__} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        self.records[one] = Record(optimizer, ROUGH if self.directory is None else CAPACITY)
         if self.directory is not None:
-            self.records[one] = Record(optimizer)
             optimizer.register_step_post_hook(self._flush)
         if self._log_every:
-            optimizer.register_step_post_hook(self._logging(one.base.__name__))
+            optimizer.register_step_post_hook(self._logging(one))
 
     def is_here(self) -> bool:
         """Return True if this process runs the script, and was not forked by it."""
@@ -108,13 +111,15 @@ class _ScriptPatch(Patch):
         with suppress(Exception):  # the end of the run will tell; training goes on
             write_json(self.directory, self.built, self.records, self.facts_now("running"))
 
-    def _logging(self, name: str) -> Callable[..., None]:
+    def _logging(self, one: Built) -> Callable[..., None]:
         steps = itertools.count(1)
 
         def log(optimizer: Mechanic, *_: Any) -> None:
             if can_sync(optimizer) and next(steps) % self._log_every == 0:
                 values = dict.fromkeys(f"{lr:.2e}" for lr in optimizer.effective_lr())
-                _say(f"{name}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}")
+                say(
+                    f"{names(self.built)[one]}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}"
+                )
 
         return log
 
@@ -126,7 +131,7 @@ class _Job:
     target: str
     is_module: bool
     arguments: tuple[str, ...]
-    patch: _ScriptPatch
+    patch: _ScriptPatch | PlainPatch
     is_strict: bool
 
 
@@ -176,13 +181,7 @@ def _options_of_mechanize(command: Callable[..., _Job]) -> Callable[..., _Job]:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mechanic-pytorch", prog_name="mechanic")
-def _mechanic() -> None:
-    """Mechanic: learn the scale of the learning rate while a script trains."""
-
-
-@_mechanic.command("run", context_settings={"allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False, "help_option_names": ["-h", "--help"]})
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.option("-m", "--module", "is_module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
@@ -209,6 +208,13 @@ def _mechanic() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Write report.json, a picture of the learning rate over the steps and a TensorBoard log into this directory.",
 )
+@click.option(
+    "--plain-from",
+    "plain_from",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    metavar="REPORT.JSON",
+    help="Mechanize nothing: give the optimizers the learned lrs of this report. Goes with no option but -m.",
+)
 @click.option("--strict", "is_strict", is_flag=True, help="Fail if no mechanized optimizer has made a step.")
 @_options_of_mechanize
 @click.option(
@@ -224,6 +230,7 @@ def _run(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     directory: Path | None,
+    plain_from: Path | None,
     process_group: str | None,
     is_strict: bool,
     **options: Any,
@@ -241,6 +248,8 @@ def _run(
     """  # noqa: D301  (that is no path but click's mark: leave these lines as they are)
     if not is_module and not Path(script).exists():
         raise click.BadParameter(f"{script!r} does not exist.", param_hint="SCRIPT")
+    if plain_from is not None:
+        return _Job(script, is_module, args, _plain_patch(plain_from), is_strict)
     if directory is not None:
         if find_spec("matplotlib") is None:
             raise click.UsageError("--report needs matplotlib. Remedy: pip install 'mechanic-pytorch[run]'.")
@@ -274,35 +283,50 @@ def _run(
     return _Job(script, is_module, args, patch, is_strict)
 
 
-def _say(line: str) -> None:
-    click.echo(f"mechanic: {line}", err=True)
+def _plain_patch(path: Path) -> PlainPatch:
+    """Return what --plain-from asks for."""
+    context = click.get_current_context()
+    alone = {"script", "args", "is_module", "plain_from"}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in alone and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--plain-from goes with no option but -m. Got {parameter.opts[0]}. Remedy: leave one of them out."
+            )
+    try:
+        return PlainPatch(path, say if _reports() else lambda line: None)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
-def main() -> None:
-    """Read the command line, run the script, and report."""
+def main(arguments: Sequence[str]) -> None:
+    """Read the command line, as it goes on after `mechanic run`, run the script, and report."""
     name = "mechanic" if Path(sys.argv[0]).stem == "mechanic" else f"{Path(sys.executable).name} -m mechanic_pytorch"
     try:
-        job = _mechanic.main(prog_name=name, standalone_mode=False)
+        job = _run.main([*arguments], prog_name=f"{name} run", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     if not isinstance(job, _Job):
-        sys.exit(job)  # --help and --version have printed what they had to
-    outcome = "finished"
+        sys.exit(job)  # --help has printed what it had to
+    outcome, has_news, start = "finished", True, time.monotonic()
     try:
         with patching(job.patch):
             _execute(job)
     except BaseException as error:
-        outcome = _in_words(error)
+        has_news = bool(job.patch.built) or time.monotonic() - start > AT_ONCE
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            outcome = _in_words(error)
             raise
     finally:
-        if _reports() and job.patch.is_here():
-            _report(job, outcome)
+        if isinstance(job.patch, _ScriptPatch) and has_news and _reports() and job.patch.is_here():
+            _report(job.patch, outcome)
+    if isinstance(job.patch, PlainPatch) and _reports() and (unused := job.patch.unused()):
+        say(f"--plain-from: the script has not built {', '.join(unused)}, which the report has too")
     if job.is_strict and _reports() and not any(one.is_mechanized and one.steps for one in job.patch.built):
-        _say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
+        say("--strict: no mechanized optimizer has made a step. Remedy: see above for what was built.")
         sys.exit(1)
 
 
@@ -330,21 +354,23 @@ def _execute(job: _Job) -> None:
     exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
 
 
-def _report(job: _Job, outcome: str) -> None:
+def _report(patch: _ScriptPatch, outcome: str) -> None:
     """Show it, and write it; whatever goes wrong with that must not change how the script ends."""
     try:
         with suppress(Exception):
             sys.stdout.flush()  # else, where both go to one file, what the script has printed may come after the report
         with _deaf_to_interrupts():
-            show(job.patch.built)
-        directory = job.patch.directory
+            show(patch.built, patch.records, outcome)
+            for sentence in patch.without_effect():
+                say(f"--{sentence}")
+        directory = patch.directory
         if directory is not None:
-            for problem in write(directory, job.patch.built, job.patch.records, job.patch.facts_now(outcome)):
-                _say(problem)
-            _say(f"report in {directory}")
+            for problem in write(directory, patch.built, patch.records, patch.facts_now(outcome)):
+                say(problem)
+            say(f"report in {directory}")
     except (Exception, KeyboardInterrupt) as error:
         with suppress(Exception):
-            _say(f"the report could not be finished. Got {_in_words(error)}")
+            say(f"the report could not be finished. Got {_in_words(error)}")
 
 
 def _in_words(error: BaseException) -> str:
