@@ -1,6 +1,7 @@
 """A hook of MkDocs: formulas as MathML, and files that lie beside `docs/` as pages.
 
-A fence ```` ```math ```` holds TeX, which code hosts render as well. MathML is part of HTML: a page needs no script for it.
+A fence of the language `math` holds TeX, which code hosts render as well. MathML is part of HTML, so a page needs no
+script for it.
 """
 
 from __future__ import annotations
