@@ -11,7 +11,7 @@ help: ## show this list
 demo: .venv/.demo ## train on real digits at base learning rates from 1e-8 to 1e6, and draw demo.png
 	$(BIN)/python examples/demo.py
 
-test: ## everything that CI checks; what takes one core goes first, two at a time
+test: .venv/.dev ## everything that CI checks; what takes one core goes first, two at a time
 	$(MAKE) --jobs 2 lint types docs wheel
 	$(MAKE) unit
 
@@ -35,11 +35,14 @@ gpu: .venv/.dev .venv/peers ## on a machine with a CUDA device: its tests, with 
 	MECHANIC_TEST_DEVICE=cuda MECHANIC_KERNEL=foreach $(BIN)/pytest --numprocesses 4 $(filter-out %fused.py %counts.py,$(ON_GPU))
 	$(BIN)/python -m benchmarks.step_cost --device cuda --fill docs/speed.md --plot docs/step_cost_gpu.png
 
-docs: .venv/.dev ## run every Python block of the documentation, and build it as a site, strictly
+# What is in .venv/.dev is in it already; two that install at once would be in each other's way.
+DEV := $(wildcard .venv/.dev)
+
+docs: $(or $(DEV),.venv/.blocks) ## run every Python block of the documentation, and build it as a site, strictly
 	$(BIN)/python tools/run_markdown.py docs/*.md
 	$(BIN)/mkdocs build --strict --quiet
 
-site: .venv/.dev ## show the documentation at http://127.0.0.1:8000, while it is written
+site: $(or $(DEV),.venv/.docs) ## show the documentation at http://127.0.0.1:8000, while it is written
 	$(BIN)/mkdocs serve
 
 wheel: .venv/.dev ## build wheel and sdist, check them, install the wheel alone, run README's examples there
@@ -59,6 +62,15 @@ clean: ## remove everything that make made
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --editable '.[demo]'
+	touch $@
+
+.venv/.docs: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python $(PIP_INSTALL) --editable '.[docs]'
+	touch $@
+
+# What the Python blocks of the documentation import.
+.venv/.blocks: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python $(PIP_INSTALL) --editable '.[demo,docs,huggingface,lightning]' pytorch-optimizer tensorboard
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt

@@ -183,15 +183,16 @@ def base_lrs(runs: list[Run]) -> str:
 
 def draw(plain: list[Run], mechanized: list[Run], auto: list[Run], path: Path) -> None:
     """Draw accuracy against base learning rate; line style and marker tell the curves apart without colour."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # from the palette of Okabe and Ito
     styles = (
-        (auto, 'mechanized AdamW, s_init="auto"', {"color": green, "linestyle": "-.", "linewidth": 3, "marker": "^"}),
-        (mechanized, "mechanized AdamW", {"color": blue, "linestyle": "-", "linewidth": 3, "marker": "o"}),
+        (auto, 'mechanized AdamW, s_init="auto"', {"color": green, "linestyle": "-", "linewidth": 4, "marker": "^"}),
+        (mechanized, "mechanized AdamW, default start", {"color": blue, "linestyle": "-.", "marker": "o"}),
         (plain, "plain AdamW", {"color": orange, "linestyle": "--", "marker": "s", "markerfacecolor": "none"}),
     )
     for runs, label, style in styles:
-        axes.plot([r.base_lr for r in runs], [r.accuracy for r in runs], label=label, markersize=9, **style)
+        points = [r.base_lr for r in runs], [r.accuracy for r in runs]
+        axes.plot(*points, label=label, **{"linewidth": 2, "markersize": 9, **style})
     broken = [run for run in (*plain, *mechanized, *auto) if not run.finite]
     if broken:
         points = [r.base_lr for r in broken], [r.accuracy for r in broken]

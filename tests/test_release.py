@@ -6,6 +6,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks import falling
+from benchmarks.pages import between_marks
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -52,6 +55,27 @@ def test_a_link_on_pypi_leads_somewhere():
     assert "![" not in text
     assert "[How it was measured]" not in text
     assert "How it was measured" in text
+
+
+def test_the_readme_is_short_and_begins_with_what_convinces():
+    """The picture, five lines of code and all links in one screen; the rest is in `docs/`."""
+    lines = read("README.md").splitlines()
+    assert len(lines) <= 120
+    first = "\n".join(lines[:28])
+    assert "](docs/demo.png)" in first
+    assert (ROOT / "docs" / "demo.png").exists() or not (ROOT / "docs" / "step_cost.png").exists()  # an sdist has none
+    assert len(re.search(r"```python\n(.*?)```", first, flags=re.DOTALL)[1].splitlines()) == 5
+    assert {"scripts", "recipes", "troubleshooting", "compare"} <= set(re.findall(r"\]\(docs/([\w-]+)\.md\)", first))
+
+
+def test_the_pages_say_what_was_measured_of_the_present_rule():
+    made = falling.tables()
+    marks = 0
+    for name in ("README.md", "docs/index.md", "docs/compare.md", "docs/safety.md"):
+        text = read(name)
+        marks += text.count("<!-- falling: ")
+        assert between_marks(text, "falling", made.get) == text, name
+    assert marks == 4
 
 
 def test_nothing_private_is_in_the_repository():

@@ -141,3 +141,27 @@ def test_without_transformers_the_extra_is_named():
     code = "import sys; sys.modules['transformers'] = None\nimport mechanic_pytorch.integrations.huggingface"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=False)
     assert "Remedy: pip install 'mechanic-pytorch[huggingface]'." in done.stderr
+
+
+def test_accelerate_launch_starts_the_command(tmp_path):
+    """As docs/huggingface.md says."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+import torch
+from accelerate import Accelerator
+
+accelerator = Accelerator(cpu=True)
+model = torch.nn.Linear(4, 1)
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+for _ in range(20):
+    optimizer.zero_grad()
+    accelerator.backward((model(torch.ones(8, 4)) - 1).square().mean())
+    optimizer.step()
+"""
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*launch, "-m", "mechanic_pytorch", "run", "--strict", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "use AdamW with lr=" in done.stderr
