@@ -150,7 +150,7 @@ def test_the_report_of_a_script_repeats_it():
         optimizers = [torch.optim.AdamW([p], lr=1e-3) for p in params]
     with pytest.warns(UserWarning, match="hold one tensor each"):
         steps_in_turn(optimizers, params, 1)
-    report.show(built, Console(file=(shown := io.StringIO()), width=1000))
+    report.show(built, {}, console=Console(file=(shown := io.StringIO()), width=1000))
     assert f"mechanic: {_watch.MANY_LONE}" in shown.getvalue()
 
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mechanic_pytorch import optim
-    from mechanic_pytorch import telemetry as telemetry
     from mechanic_pytorch.mechanic import Mechanic, is_mechanized, mechanize
     from mechanic_pytorch.scripts.patch import patched
 else:
