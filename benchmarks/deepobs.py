@@ -17,15 +17,17 @@ import sys
 import tempfile
 import types
 import unittest.mock
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.outside import RESULTS, Results, commit
-from benchmarks.pages import arguments, markdown_table, print_or_fill
+from benchmarks.outside import Row, report
+from benchmarks.pages import markdown_table
 from mechanic_pytorch import mechanize
 
 PUBLISHED = {
@@ -46,7 +48,7 @@ def without_workers(*args: Any, **kwargs: Any) -> Any:
     return DataLoader(*args, **{**kwargs, "num_workers": 0})
 
 
-def run(home: Path, base: str, method: str, seed: int) -> dict[str, Any]:
+def run(home: Path, base: str, method: str, seed: int) -> Row:
     """Train by DeepOBS's runner, and return the last test loss and the learned lr."""
     if str(home) not in sys.path:
         sys.path.insert(0, str(home))
@@ -78,7 +80,7 @@ def run(home: Path, base: str, method: str, seed: int) -> dict[str, Any]:
     return {"test loss": written["test_losses"][-1], "learned lr": learned}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Return a line for each base."""
 
     def cell(base: str, method: str) -> str:
@@ -103,23 +105,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(head, lines)
 
 
-def main() -> None:
-    """Run what is missing, and make the table."""
-    parser = arguments(__doc__)
-    parser.add_argument("--home", type=Path, help="a clone of govorunov/deepobs; without it nothing is run")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    results = Results(options.results, "DeepOBS")
-    if options.home:
-        home = options.home.resolve()
-        for seed in range(42, 42 + options.seeds):
-            for base in BASES:
-                for method in METHODS:
-                    key = {"commit": commit(home), "base": base, "method": method, "seed": seed}
-                    results.add(key, partial(run, home, base, method, seed))
-    print_or_fill(options.fill, "outside", {"deepobs": f"{table(results.rows)}\n\n{results.origin()}"})
+def runs(home: Path, seeds: int) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Yield each run."""
+    for seed, base, method in product(range(42, 42 + seeds), BASES, METHODS):
+        yield {"base": base, "method": method, "seed": seed}, partial(run, home, base, method, seed)
 
 
 if __name__ == "__main__":
-    main()
+    report(__doc__, "DeepOBS", "govorunov/deepobs", runs, table, seeds=5)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import unittest.mock
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import geometric_mean
 
 import torch
@@ -18,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.convergence.methods import finite
 from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
 from benchmarks.shared import cosine, digits
 from mechanic_pytorch import mechanize
@@ -65,7 +67,7 @@ def train(base: str, schedule: str, s_init: float | str, seed: int, *, lags: boo
     kind, options = BASES[base]
     optimizer = mechanize(kind, s_init=s_init)(model.parameters(), lr=1.0, **options)  # type: ignore[arg-type]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[schedule])
-    patch = unittest.mock.patch.object(Learned, "scales", lagging()) if lags else unittest.mock.patch.dict({})
+    patch = unittest.mock.patch.object(Learned, "scales", lagging()) if lags else nullcontext()
     with patch:
         for _ in range(STEPS):
             chosen = torch.randint(len(images), (BATCH,))
@@ -75,7 +77,7 @@ def train(base: str, schedule: str, s_init: float | str, seed: int, *, lags: boo
             scheduler.step()
     with torch.no_grad():
         loss = float(F.cross_entropy(model(images), labels))
-    return min(loss, 10.0) if loss == loss else 10.0
+    return min(finite(loss), 10.0)
 
 
 def main() -> None:

@@ -16,13 +16,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from benchmarks.convergence import data
-from benchmarks.outside import RESULTS, Results, commit
-from benchmarks.pages import arguments, markdown_table, print_or_fill
+from benchmarks.outside import Row, report
+from benchmarks.pages import markdown_table
 
 PUBLISHED = 1.88
 FLAGS = [
@@ -50,16 +51,11 @@ def prepare(home: Path) -> None:
     if not (folder / "train.bin").exists():
         (folder / "input.txt").write_bytes(data.fetch("tinyshakespeare/input.txt").read_bytes())
         # It imports `requests` for a download that is not needed any more.
-        code = (
-            "import sys, types; sys.modules['requests'] = types.ModuleType('requests'); exec(open('prepare.py').read())"
-        )
-        environment = {"__file__": str(folder / "prepare.py")}
-        subprocess.run(
-            [sys.executable, "-c", f"__file__ = {environment['__file__']!r}\n{code}"], cwd=folder, check=True
-        )
+        code = "import runpy, sys; sys.modules['requests'] = sys; runpy.run_path('prepare.py')"
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
-def run(home: Path, method: str, seed: int) -> dict[str, Any]:
+def run(home: Path, method: str, seed: int) -> Row:
     """Train, and return the last losses and, mechanized, the learned lr."""
     mechanized = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +77,7 @@ def run(home: Path, method: str, seed: int) -> dict[str, Any]:
     return {"steps": int(step), "train": float(train), "validation": float(validation), "learned lr": learned}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Return a line for each method."""
     lines = []
     for method in METHODS:
@@ -95,23 +91,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["nanoGPT on a CPU", "validation loss", "each seed", "learned lr"], lines)
 
 
-def main() -> None:
-    """Run what is missing, and make the table."""
-    parser = arguments(__doc__)
-    parser.add_argument("--home", type=Path, help="a clone of karpathy/nanoGPT; without it nothing is run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    results = Results(options.results, "nanoGPT")
-    if options.home:
-        home = options.home.resolve()
-        prepare(home)
-        for seed in range(options.seeds):
-            for method in METHODS:
-                key = {"commit": commit(home), "method": method, "seed": seed}
-                results.add(key, partial(run, home, method, seed))
-    print_or_fill(options.fill, "outside", {"nanogpt": f"{table(results.rows)}\n\n{results.origin()}"})
+def runs(home: Path, seeds: int) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Yield each run."""
+    prepare(home)
+    for seed, method in product(range(seeds), METHODS):
+        yield {"method": method, "seed": seed}, partial(run, home, method, seed)
 
 
 if __name__ == "__main__":
-    main()
+    report(__doc__, "nanoGPT", "karpathy/nanoGPT", runs, table, seeds=3)

@@ -4,7 +4,10 @@ import os
 import sys
 from enum import Enum
 
+import pytest
 import torch
+
+from device import DEVICE
 
 
 def environment_of_tests(**more):
@@ -41,6 +44,11 @@ def assert_identical(actual, expected):
     for (where, a), (expected_where, e) in zip(leaves(actual), leaves(expected), strict=True):
         assert where == expected_where
         assert torch.equal(a.to(e.device), e) if isinstance(e, torch.Tensor) else a == e, where
+
+
+def as_added_up(numbers):
+    """Return what sums that the package makes must equal: these numbers, which a GPU may add up in another order."""
+    return pytest.approx(numbers, rel=1e-14, abs=0.0) if DEVICE else numbers
 
 
 def count_a_skipped_step(state_dict):

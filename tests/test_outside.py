@@ -12,11 +12,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_page_on_outside_benchmarks_says_what_was_measured():
-    path = DOCS.parent / RESULTS
-    made = {}
-    for mark, suite, table in (("nanogpt", "nanoGPT", nanogpt.table), ("deepobs", "DeepOBS", deepobs.table)):
-        results = Results(path, suite)
-        made[mark] = f"{table(results.rows)}\n\n{results.origin()}"
+    path, suites = DOCS.parent / RESULTS, {"nanoGPT": nanogpt.table, "DeepOBS": deepobs.table}
+    made = {suite.lower(): Results(path, suite).shown(table) for suite, table in suites.items()}
     page = (DOCS / "outside.md").read_text(encoding="utf-8")
     assert between_marks(page, "outside", made.get) == page
 

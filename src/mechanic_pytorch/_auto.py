@@ -121,6 +121,7 @@ class Learned(NamedTuple):
 
     def is_nonfinite(self) -> Tensor:
         """Return whether any number of the vectors is not finite, shape ()."""
+        # A list, here and in `Tuner.recorded`: torch 2.11 compiles no stack of a tuple that `_replace` has made.
         return torch.stack([*self.state]).isfinite().all().logical_not()
 
     def unchanged_where(self, rows: Tensor, old: TunerState) -> Learned:

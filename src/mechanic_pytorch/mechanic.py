@@ -69,7 +69,8 @@ def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
     """
     m, v, r, s = state
     delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (G, 1), as h
-    beta = torch.stack(torch._foreach_mul(s.new_ones(len(params.betas)).unbind(), params.betas))  # not copied
+    # Made on the device: a copy from the host would block a GPU.
+    beta = torch.stack(torch._foreach_mul(s.new_ones(len(params.betas)).unbind(), params.betas))
     x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
 
     h = delta_g + params.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
