@@ -23,7 +23,7 @@ ALLOWED = {
     "_tuner": {"_auto", "_base_step", "_buckets", "_config", "_torch"},
     "_watch": {"_buckets", "_config", "_torch", "_tuner", "distributed"},
     "distributed": set(),
-    "integrations": {"telemetry"},
+    "integrations": {"mechanic", "telemetry"},
     "kernels": set(),
     "mechanic": {
         *("_base_step", "_buckets", "_checkpoint", "_classes", "_config", "_fused", "_torch", "_tuner", "_watch"),
@@ -35,6 +35,7 @@ ALLOWED = {
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
 OPTIONAL = {
+    "axolotl.py": {"axolotl"},
     "report.py": {"matplotlib", "rich"},
     "run.py": {"click"},
     "huggingface.py": {"transformers"},

@@ -14,7 +14,9 @@ import sys
 import cloudpickle
 import hydra.utils
 import jsonargparse
+import lightning.fabric
 import lightning.pytorch
+import omegaconf
 import pytest
 import pytorch_optimizer
 import torch
@@ -23,7 +25,8 @@ from lightning.pytorch.cli import LightningCLI
 import mechanic_pytorch.optim
 from helpers import environment_of_tests
 from mechanic_pytorch import is_mechanized, mechanize
-from problems import mlp, train
+from mechanic_pytorch.telemetry import read_out
+from problems import loss_of, mlp, train
 
 STEPS = 30
 NAME = "mechanic_pytorch.optim.AdamW"
@@ -155,25 +158,35 @@ def test_a_class_that_is_derived_says_where_its_options_belong():
         Derived(params, lr=1.0, mechanic_max_lr=0.1)
 
 
+# What is imitated of the following three was read in their repositories; `docs/trainers.md` has the commits.
+
+
 def by_sd_scripts(params):
-    """As kohya's sd-scripts reads `--optimizer_type` and `--optimizer_args`, imitated."""
+    """As kohya's sd-scripts and musubi-tuner read `--optimizer_type` and `--optimizer_args`."""
     arguments = ["weight_decay=0.1", "betas=(0.8,0.99)", *(f"{key}={value!r}" for key, value in FLAT.items())]
     options = {key: ast.literal_eval(value) for key, value in (argument.split("=") for argument in arguments)}
-    module, name = NAME.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)(params, lr=1.0, **options)
-
-
-def by_litgpt(params):
-    """As litgpt instantiates an optimizer, imitated: it drops what the signature does not have."""
+    assert not NAME.lower().endswith(("8bit", "schedulefree"))  # names that they take for those of other packages
     cls = by_importlib(NAME)
-    wanted = {**OPTIONS, **FLAT, "fused_backward": True}
-    return cls(params, **{key: value for key, value in wanted.items() if key in inspect.signature(cls).parameters})
+    optimizer = cls(params, lr=1.0, **options)
+    assert by_importlib(f"{cls.__module__}.{cls.__name__}") is cls, "the name that they write into what they save"
+    assert not hasattr(optimizer, "train"), "they would call it"
+    return optimizer
+
+
+def by_litgpt(params, fused=False):
+    """As litgpt instantiates an optimizer from `class_path` and `init_args`: it adds what the signature has."""
+    config = {"class_path": NAME, "init_args": {**OPTIONS, **FLAT}}
+    added = {"fused": fused, "fused_backward": True}
+    taken = inspect.signature(by_importlib(NAME)).parameters
+    config["init_args"].update({key: value for key, value in added.items() if key in taken})
+    return instantiate_class(params, config)
 
 
 def by_torchtune(params):
-    """As torchtune instantiates `_component_`, imitated."""
-    config = {"_component_": NAME, **OPTIONS, **FLAT}
-    return by_importlib(config.pop("_component_"))(params, **config)
+    """As torchtune instantiates `_component_` of a configuration in YAML; its recipes pass `params` by name."""
+    config = omegaconf.OmegaConf.create({"_component_": NAME, **OPTIONS, **FLAT})
+    options = omegaconf.OmegaConf.to_container(config, resolve=True)
+    return by_importlib(options.pop("_component_"))(params=params, **options)
 
 
 def by_hydra(params):
@@ -193,6 +206,34 @@ def test_a_tool_passes_options(tool):
     optimizer = tool(mlp().parameters())
     assert type(optimizer) is THE_CLASS
     assert optimizer.defaults["weight_decay"] == 0.1
+
+
+def test_litgpt_trains_through_fabric():
+    """Whose wrapper derives a class of ours, and whose learning rate litgpt sets at each step, from the default."""
+
+    def run(wrap):
+        model = mlp()
+        optimizer = by_litgpt(model.parameters(), fused=True)
+        model, stepped, backward = wrap(model, optimizer)
+        losses = []
+        for step in range(STEPS):
+            for group in stepped.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * (1 - step / STEPS)
+            stepped.zero_grad()
+            loss = loss_of(model, step)
+            backward(loss)
+            stepped.step()
+            losses.append(loss.item())
+        return losses, stepped
+
+    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
+    plain, optimizer = run(lambda model, optimizer: (model, optimizer, torch.Tensor.backward))
+    through, wrapped = run(
+        lambda model, optimizer: (fabric.setup_module(model), fabric.setup_optimizers(optimizer), fabric.backward)
+    )
+    assert through == plain
+    assert wrapped.optimizer is not wrapped
+    assert read_out(wrapped) == read_out(wrapped.optimizer) == read_out(optimizer)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about how Lightning calls it

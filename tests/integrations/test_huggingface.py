@@ -1,5 +1,6 @@
 """`MechanicCallback` in the real Trainer, against a loop without it."""
 
+import re
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ class Model(torch.nn.Module):
 
 
 def trainer(directory, callbacks=(), cls=None, model=None, **options):
-    options = {"logging_steps": 2, "save_strategy": "no", "report_to": "none", **options}
+    options = {"logging_steps": 2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **options}
     arguments = TrainingArguments(
         directory,
         use_cpu=True,
@@ -39,7 +40,6 @@ def trainer(directory, callbacks=(), cls=None, model=None, **options):
         lr_scheduler_type="linear",
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=0.0,
-        disable_tqdm=True,
         **options,
     )
     data = [{"x": x} for x in X]
@@ -107,6 +107,16 @@ def test_after_a_resume_the_history_goes_on_as_if_nothing_had_happened(tmp_path)
     for step, row in curve(whole).items():
         assert row["effective_lr"] == rows[step]["effective_lr"]
         assert row["learning_rate"] == rows[step]["learning_rate"]
+
+
+@pytest.mark.parametrize("bar", [False, True], ids=["without a progress bar", "above the progress bar"])
+def test_what_the_trainer_prints_has_the_effective_lr(bar, tmp_path, capsys):
+    run = trainer(tmp_path, disable_tqdm=not bar)
+    run.train()
+    printed = re.findall(r"'learning_rate': '?([\d.e-]+)'?.*'effective_lr': '?([\d.e-]+)'?", capsys.readouterr().out)
+    expected = [(row["learning_rate"], row["effective_lr"]) for row in curve(run).values()]
+    assert [tuple(map(float, each)) for each in printed] == [pytest.approx(each, rel=1e-3) for each in expected]
+    assert len(printed) == STEPS // 2
 
 
 def test_callbacks_that_come_after_it_log_it_too(tmp_path, monkeypatch):

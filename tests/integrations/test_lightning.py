@@ -73,9 +73,7 @@ def fit(module, directory, name="lightning.pytorch", epochs=1, first=None, log_e
             callbacks.LearningRateMonitor("step"),
             callbacks.ModelCheckpoint(directory, filename="{step}", save_top_k=-1),
         ],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        **{"enable_progress_bar": False, "enable_model_summary": False, **options},
     )
     data = DataLoader(TensorDataset(torch.randn(STEPS * 4, 4, generator=torch.Generator().manual_seed(1))), 4)
     trainer.fit(module, data, ckpt_path=first)
@@ -112,6 +110,21 @@ def test_of_several_groups_each_is_logged(tmp_path):
     row = fit(module_of("lightning.pytorch", groups=2), tmp_path)[7]
     assert row["mechanic/effective_lr/0"] == pytest.approx(2 * row["mechanic/effective_lr/1"], rel=1e-6) != 0
     assert "mechanic/effective_lr" not in row
+
+
+@pytest.mark.parametrize(("several", "name"), [({}, "effective_lr"), ({"optimizers": 2}, "1/effective_lr")], ids=str)
+def test_the_progress_bar_has_the_effective_lr_of_the_first_group(several, name, tmp_path, capsys):
+    """From the first step that logs on, and no other number of ours."""
+    module = module_of("lightning.pytorch", **several)
+    bars = []
+    module.on_train_batch_end = lambda *_: bars.append(dict(module.trainer.progress_bar_metrics))
+    rows = fit(module, tmp_path, enable_progress_bar=True)
+    logged = {step: row[f"mechanic/{name}"] for step, row in rows.items()}
+    assert bars[0] == {}
+    for step in range(1, STEPS):
+        assert bars[step] == {name: pytest.approx(logged[step if step in logged else step - 1], rel=1e-6)}
+    assert not any(name in row for row in rows.values()), "loggers get it once, under its other name"
+    assert name in capsys.readouterr().out
 
 
 def test_of_several_optimizers_each_mechanized_one_is_logged_under_its_number(tmp_path):

@@ -23,7 +23,7 @@ class MechanicMonitor(Callback):
 
     As `LearningRateMonitor` does, it logs what is in force when a batch begins, so that the effective lr is the lr
     that stands beside it, times the scale. With several optimizers their number comes after "mechanic/" in the names.
-    Reads the device only when the trainer logs.
+    The progress bar shows `effective_lr`, of the first group. Reads the device only when the trainer logs.
 
     Raises:
         TypeError: training begins, and no optimizer is mechanized.
@@ -47,5 +47,7 @@ class MechanicMonitor(Callback):
         if trainer._logger_connector.should_update_logs:  # what Lightning's own monitors ask
             for i, optimizer in enumerate(trainer.optimizers):
                 if unwrap(optimizer) is not None:
-                    prefix = "mechanic/" if len(trainer.optimizers) == 1 else f"mechanic/{i}/"
-                    pl_module.log_dict(read_out(optimizer).scalars(prefix))
+                    number = "" if len(trainer.optimizers) == 1 else f"{i}/"
+                    now = read_out(optimizer)
+                    pl_module.log_dict(now.scalars(f"mechanic/{number}"))
+                    pl_module.log(f"{number}effective_lr", now.effective_lr[0], prog_bar=True, logger=False)
