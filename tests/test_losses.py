@@ -1,0 +1,105 @@
+"""The loss of a training loop that does not tell it: what `backward()` was called on since the last step."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mechanic_pytorch.scripts.losses import Losses
+
+
+def losses_of(train):
+    """Return what is seen at each step of a training that gets a function for its steps."""
+    losses, seen = Losses(), []
+    before = torch.autograd.backward
+    with losses.watching():
+        train(lambda: seen.append(losses.at_step()))
+    assert torch.autograd.backward is before
+    return [None if loss is None else float(loss) for loss in seen]
+
+
+def number(value):
+    return torch.tensor(float(value), requires_grad=True)
+
+
+def test_it_is_the_one_of_each_step():
+    def train(step):
+        for value in (3, 2):
+            (2 * number(value)).backward()
+            step()
+        torch.autograd.backward([number(4), number(5)])
+        step()
+
+    assert losses_of(train) == [6, 4, 9]
+
+
+def test_parts_add_up_and_optimizers_that_step_after_one_backward_have_the_same():
+    def train(step):
+        for value in (1, 2):
+            (number(value) / 2).backward()
+        step()
+        step()
+        number(7).backward()
+        step()
+
+    assert losses_of(train) == [1.5, 1.5, 7]
+
+
+def test_it_is_kept_as_it_was_and_in_a_precision_that_can_be_added_up():
+    def train(step):
+        for _ in range(3):
+            loss = (number(1).bfloat16() * 257).reshape(1)
+            loss.backward()
+            with torch.no_grad():
+                loss.zero_()
+        step()
+
+    (loss,) = losses_of(train)
+    assert loss == 3 * float(torch.tensor(257.0).bfloat16())
+
+
+def test_what_a_grad_scaler_scales_counts_as_it_was():
+    def train(step):
+        for is_enabled in (True, False):
+            scaler = torch.amp.GradScaler("cpu", enabled=is_enabled)
+            x = number(3)
+            scaler.scale(x.square()).backward()
+            assert float(x.grad) == (6 * 65536 if is_enabled else 6)
+            step()
+
+    assert losses_of(train) == [9, 9]
+
+
+def test_a_backward_that_is_no_loss_does_not_count():
+    def train(step):
+        x = torch.ones(3, requires_grad=True)
+        x.backward(torch.ones(3))
+        number(2).backward(torch.tensor(5.0))
+        step()
+        checkpoint(lambda y: y.sum().reshape(1), x, use_reentrant=True).sum().backward()  # calls it within
+        step()
+
+    assert losses_of(train) == [None, 3]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_compiled_forward_changes_nothing(is_compiled):
+    def train(step):
+        def loss(x):
+            return x.square().sum()
+
+        compiled = torch.compile(loss, backend="eager") if is_compiled else loss
+        compiled(torch.ones(3, requires_grad=True)).backward()
+        step()
+
+    assert losses_of(train) == [3]
+
+
+def test_a_backward_in_compiled_code_still_works():
+    x = torch.ones(3, requires_grad=True)
+
+    def train(step):
+        torch.compile(lambda: (x * x).sum().backward(), backend="eager")()
+        step()
+
+    losses_of(train)
+    assert x.grad.tolist() == [2, 2, 2]
