@@ -35,8 +35,9 @@ ALLOWED = {
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
 OPTIONAL = {
+    "cli.py": {"click"},
+    "compare.py": {"rich"},
     "report.py": {"matplotlib", "rich"},
-    "run.py": {"click"},
     "huggingface.py": {"transformers"},
     "lightning.py": {"lightning", "pytorch_lightning"},
     "triton.py": {"triton"},
