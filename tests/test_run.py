@@ -1,7 +1,6 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
 import ast
-import gzip
 import inspect
 import io
 import json
@@ -19,13 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from matplotlib import image
 from rich.console import Console
-from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forks import Python
@@ -35,6 +32,7 @@ from mechanic_pytorch.scripts import cli, environment
 from mechanic_pytorch.scripts import report as reporting
 from mechanic_pytorch.scripts import run as command
 from mechanic_pytorch.scripts.confidence import confidence
+from mnist import write_digits_as_mnist
 from problems import mlp, train
 
 ROOT = Path(__file__).parents[1]
@@ -370,14 +368,7 @@ def test_processes_that_the_script_starts_are_named_with_what_becomes_of_their_o
 def mnist(tmp_path_factory):
     """Return a directory with the four files of MNIST, of scikit-learn's digits: the tests need no download."""
     folder = tmp_path_factory.mktemp("mnist")
-    images, labels = load_digits(return_X_y=True)
-    images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3))).astype(np.uint8)
-    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    for part, which in {"train": slice(0, 1437), "t10k": slice(1437, None)}.items():
-        for name, array in {"images": images[which], "labels": labels[which].astype(np.uint8)}.items():
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            data = gzip.compress(header + array.tobytes(), compresslevel=1)
-            (folder / f"{part}-{name}-idx{array.ndim}-ubyte.gz").write_bytes(data)
+    write_digits_as_mnist(folder)
     return folder
 
 
