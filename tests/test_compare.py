@@ -1,6 +1,7 @@
 """`mechanic compare SCRIPT`: as it is, mechanized, and plainly at the learned lr, side by side."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,8 @@ print()
 def compare(directory, *arguments):
     (directory / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "mechanic_pytorch", "compare", *arguments]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    options = {"cwd": directory, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **options)
     return done, json.loads(next(directory.rglob("compare.json")).read_text(encoding="utf-8"))
 
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.counting import Operations
 from mechanic_pytorch.scripts.losses import Losses
+from mechanic_pytorch.scripts.report import Record
+from problems import mlp, train
 
 
 def losses_of(train):
@@ -103,3 +106,25 @@ def test_a_backward_in_compiled_code_still_works():
 
     losses_of(train)
     assert x.grad.tolist() == [2, 2, 2]
+
+
+def test_a_plain_run_that_is_watched_reads_nothing_from_the_device_and_ends_at_the_same_weights():
+    weights, reads, seen = [], [], []
+    for is_watched in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        losses = Losses()
+        record = Record(optimizer, 100, losses) if is_watched else None
+        with Operations() as operations:
+            if record:
+                with losses.watching():
+                    seen = train(model, optimizer, 5)
+            else:
+                train(model, optimizer, 5)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        reads.append(operations.host_reads)
+    assert reads[0] == reads[1]
+    assert all(map(torch.equal, *weights))
+    rows, kept = record.read()
+    assert kept == list(enumerate(seen, 1))
+    assert [row.effective_lr for row in rows] == [[0.01]] * 5
