@@ -36,7 +36,6 @@ ALLOWED = {
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
 OPTIONAL = {
     "cli.py": {"click"},
-    "compare.py": {"rich"},
     "report.py": {"matplotlib", "rich"},
     "huggingface.py": {"transformers"},
     "lightning.py": {"lightning", "pytorch_lightning"},

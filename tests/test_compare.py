@@ -12,6 +12,7 @@ import pytest
 from matplotlib import image
 
 from mechanic_pytorch.scripts import cli
+from mechanic_pytorch.scripts import compare as comparing
 from mechanic_pytorch.scripts.compare import NOT_RUN, OK, TITLES, Trained, _show, last_loss
 
 SCRIPT = """
@@ -19,6 +20,8 @@ import json, random, sys
 import numpy, torch
 
 print(json.dumps([random.random(), numpy.random.rand(), torch.rand(()).item(), hash("a")]))
+if "at once" in sys.argv:
+    sys.exit(3)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 if type(optimizer).__name__ in sys.argv:
@@ -39,7 +42,11 @@ print()
 def compare(directory, *arguments):
     (directory / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "mechanic_pytorch", "compare", *arguments]
-    options = {"cwd": directory, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    options = {
+        "cwd": directory,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
+        "timeout": 300,
+    }
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **options)
     return done, json.loads(next(directory.rglob("compare.json")).read_text(encoding="utf-8"))
 
@@ -118,6 +125,7 @@ def test_what_it_draws_is_where_it_says(compared):
     [
         ("AdamW", ["failed, exit status 3", OK, "failed, exit status 3"]),
         ("MechanizedAdamW", [OK, "failed, exit status 3", NOT_RUN]),
+        ("at once", ["failed, exit status 3", "failed, exit status 3", NOT_RUN]),
     ],
 )
 def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, failing, ends):
@@ -130,7 +138,21 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, failing, ends)
     because = {NOT_RUN: "not run, because the mechanized run failed"}
     for title, end in zip(TITLES.values(), ends, strict=True):
         assert (f"mechanic: {title}: {because.get(end, end)}" in done.stdout) == (end != OK)
-    assert (tmp_path / "out" / "compare.png").exists()
+    assert (tmp_path / "out" / "compare.png").exists() == (failing != "at once")
+
+
+def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, monkeypatch, capsys):
+    def train_all(job):
+        yield Trained("plain", 0, tmp_path, OK, {"seconds": 7.2})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "_train_all", train_all)
+    assert comparing.compare(cli.Comparison(["x.py"], [], [0], tmp_path)) == 130
+    (run,) = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
+    assert (run["kind"], run["seconds"], run["optimizers"]) == ("plain", 7.2, [])
+    assert [cells(line) for line in capsys.readouterr().out.splitlines() if "as it is" in line] == [
+        ["as it is", "", "", "", "", "7", "ok"]
+    ]
 
 
 def test_where_nothing_is_known_the_last_lines_are_shown(tmp_path, capsys):

@@ -47,17 +47,18 @@ def test_parts_add_up_and_optimizers_that_step_after_one_backward_have_the_same(
     assert losses_of(train) == [1.5, 1.5, 7]
 
 
-def test_it_is_kept_as_it_was_and_in_a_precision_that_can_be_added_up():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_kept_as_it_was_and_in_a_precision_that_can_be_added_up(dtype):
     def train(step):
         for _ in range(3):
-            loss = (number(1).bfloat16() * 257).reshape(1)
+            loss = (number(1).to(dtype) * 257).reshape(1)
             loss.backward()
             with torch.no_grad():
                 loss.zero_()
         step()
 
     (loss,) = losses_of(train)
-    assert loss == 3 * float(torch.tensor(257.0).bfloat16())
+    assert loss == 3 * float(torch.tensor(257.0).to(dtype))
 
 
 def test_what_a_grad_scaler_scales_counts_as_it_was():
@@ -80,8 +81,12 @@ def test_a_backward_that_is_no_loss_does_not_count():
         step()
         checkpoint(lambda y: y.sum().reshape(1), x, use_reentrant=True).sum().backward()  # calls it within
         step()
+        y = number(4)
+        y.register_hook(lambda gradient: number(7).backward())
+        y.backward()
+        step()
 
-    assert losses_of(train) == [None, 3]
+    assert losses_of(train) == [None, 3, 4]
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -18,9 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-
-from mechanic_pytorch.scripts.report import PANELS, digit, dump, log_scale, panels, say, table_of
+from mechanic_pytorch.scripts.report import PANELS, digit, dump, log_scale, on_stdout, panels, say, table_of
 
 TITLES = {"plain": "as it is", "mechanized": "mechanized", "learned": "learned lr"}
 OK, NOT_RUN = "ok", "not run"
@@ -177,7 +175,7 @@ def _name(job: Comparison, run: Trained) -> str:
 
 def _show(job: Comparison, runs: Sequence[Trained]) -> None:
     """Print the table, and what stands beside it."""
-    console = Console()
+    console = on_stdout()
     columns = "run", "optimizer", "lr", "steps", "last loss", "seconds", "end"
     table = table_of(console, *columns, words=("optimizer", "lr", "end"))
     for kind, title in TITLES.items():
@@ -198,11 +196,11 @@ def _rows(runs: Sequence[Trained]) -> Iterator[list[str]]:
     seconds = _spread([run.report.get("seconds") for run in done], "{:.0f}")
     of_optimizer = list(zip(*(run.optimizers for run in done), strict=False))
     for same in of_optimizer:
-        lrs = [lr for one in same for lr in lrs_of(one)]
-        ends_of_lr = dict.fromkeys(map(digit if same[0]["mechanized"] else "{:.1e}".format, (min(lrs), max(lrs))))
+        lrs = sorted(lr for one in same for lr in lrs_of(one))
+        ends_of_lr = dict.fromkeys(map(digit if same[0]["mechanized"] else "{:.1e}".format, lrs[:1] + lrs[-1:]))
         losses = _spread(list(map(last_loss, same)), "{:.3g}")
         steps = _spread([one["steps"] for one in same], "{:.0f}")
-        yield [same[0]["name"], " to ".join(ends_of_lr) if lrs else "", steps, losses, seconds, end]
+        yield [same[0]["name"], " to ".join(ends_of_lr), steps, losses, seconds, end]
         seconds = end = ""
     if runs and not of_optimizer:
         yield ["", "", "", "", seconds, end]

@@ -183,6 +183,11 @@ def say(line: str, console: Console | None = None) -> None:
     console.print(Text(f"mechanic: {line}"), soft_wrap=not console.is_terminal)
 
 
+def on_stdout() -> Console:
+    """Return the console of a command whose result is what it shows."""
+    return Console()
+
+
 def table_of(console: Console, *columns: str, words: Sequence[str]) -> Table:
     """Return a table with these columns, in which words wrap, and numbers never."""
     table = Table(highlight=False, padding=(0, int(console.width >= 80)))
