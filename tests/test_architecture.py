@@ -36,8 +36,8 @@ ALLOWED = {
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
 OPTIONAL = {
     "axolotl.py": {"axolotl"},
+    "cli.py": {"click"},
     "report.py": {"matplotlib", "rich"},
-    "run.py": {"click"},
     "huggingface.py": {"transformers"},
     "lightning.py": {"lightning", "pytorch_lightning"},
     "triton.py": {"triton"},

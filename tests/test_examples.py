@@ -1,16 +1,21 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 import torch
 from matplotlib import image
+from nbclient import NotebookClient
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import keystr, tree_leaves_with_path
+
+from mnist import write_digits_as_mnist
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,6 +36,65 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
     assert height >= 400
     assert width >= 600
     assert 10_000 < output.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "pattern", "is_learned"),
+    [
+        ("trainer", ["--steps", "40"], r"loss (\S+) -> (\S+), learned lr \de-0\d", lambda a, b: b < a - 1),
+        ("lightning_digits", ["--epochs", "3"], r"accuracy (\S+), learned lr \de-0\d", lambda a: a > 0.9),
+        (
+            "muon_adamw",
+            ["--steps", "80"],
+            r"accuracy (\S+), learned lr Muon \de-0\d, AdamW \de-0\d",
+            lambda a: a > 0.95,
+        ),
+        (
+            "lora",
+            ["--steps", "150"],
+            r"accuracy (\S+), mirrored (\S+) with 1616 numbers trained,\nlearned lr \de-0\d",
+            lambda *both: min(both) > 0.9,
+        ),
+    ],
+)
+def test_a_small_program_for_each_framework_learns_and_prints_its_lr(name, arguments, pattern, is_learned):
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    command = [sys.executable, str(path), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = re.search(pattern, done.stdout)
+    assert found, done.stdout
+    assert is_learned(*map(float, found.groups())), done.stdout
+
+
+@pytest.mark.parametrize("has_fashion", [False, True])
+def test_the_notebook_runs_from_top_to_bottom_and_is_stored_without_outputs(has_fashion, tmp_path, monkeypatch):
+    """Digits stand for Fashion-MNIST: the tests need no download."""
+    if has_fashion:
+        (tmp_path / "fashion-mnist").mkdir()
+        write_digits_as_mnist(tmp_path / "fashion-mnist")
+    monkeypatch.setenv("MECHANIC_DATA", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(EXAMPLES / "digits.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+
+    NotebookClient(notebook, timeout=300).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    warned = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stderr")
+    assert warned == ""
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == (4 if has_fashion else 2)
+    assert ("Fashion-MNIST is not in" in printed) == (not has_fashion)
+    number = r" +(\d+\.\d+)"
+    sweep, mechanized = (
+        [float(found) for found in re.search(rf"{name}.* {runs}{number}{number}", printed).groups()]
+        for name, runs in (("sweep", 11), ("mechanized", 1))
+    )
+    assert mechanized[1] > sweep[1] - 0.01, "the text says so"
+    assert mechanized[0] > sweep[0]
 
 
 @pytest.mark.xdist_group("distributed")

@@ -84,7 +84,9 @@ def test_nothing_private_is_in_the_repository():
     files = [path for path in ROOT.glob("*") if path.suffix in (".md", ".cff", ".toml", ".txt")]
     for folder in (".github", "benchmarks", "docs", "examples", "src", "tests", "tools"):
         files += [
-            path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py", ".yml", ".jsonl", ".toml")
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".md", ".py", ".yml", ".jsonl", ".toml", ".ipynb")
         ]
     assert len(files) > 50
     found = [f"{path}: {hit[0]}" for path in files for hit in private.finditer(path.read_text(encoding="utf-8"))]

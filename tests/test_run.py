@@ -1,7 +1,6 @@
 """`mechanic run SCRIPT`: the script behaves as `python SCRIPT` does, learns, and a report follows."""
 
 import ast
-import gzip
 import inspect
 import io
 import json
@@ -19,22 +18,21 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from matplotlib import image
 from rich.console import Console
-from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forks import Python
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
-from mechanic_pytorch.scripts import environment
+from mechanic_pytorch.scripts import cli, environment
 from mechanic_pytorch.scripts import report as reporting
 from mechanic_pytorch.scripts import run as command
 from mechanic_pytorch.scripts.confidence import confidence
+from mnist import write_digits_as_mnist
 from problems import mlp, train
 
 ROOT = Path(__file__).parents[1]
@@ -165,9 +163,7 @@ def test_strict_fails_where_nothing_was_mechanized(script, run):
 
 def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "FLUSH_SECONDS", 0.0)
-    options = {"over_world": False, "log_every": 0, "directory": tmp_path, "facts": {"command": ["x.py"]}}
-    patch = command._ScriptPatch(None, (), (), {}, **options)
-    with command.patching(patch):
+    with command.Watch(tmp_path, {"command": ["x.py"]}).watching(), patched():
         p = torch.ones(3, requires_grad=True)
         optimizer = torch.optim.SGD([p], lr=0.1)
         for step in range(1, 4):
@@ -235,8 +231,8 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
 
 def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(command, "show", lambda *_: (signal.raise_signal(signal.SIGINT), print("shown")))
-    patch = types.SimpleNamespace(built=[], records={}, directory=None)
-    command._report(patch, "finished")
+    job = types.SimpleNamespace(patch=command.ScriptPatch(None, (), (), {}), watch=command.Watch(None, {}))
+    command._report(job, "finished")
     assert capsys.readouterr().out == "shown\n"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -325,16 +321,44 @@ def test_a_script_finds_the_surroundings_that_python_gives_it(script, tmp_path, 
         assert ours.stdout == plain.stdout
 
 
-def test_it_also_works_in_processes_that_the_script_spawns(script, run):
-    """They train plainly; only that they do is promised."""
-    path = script(
-        "import torch, torch.multiprocessing as mp\n"
-        "def work(rank):\n"
-        "    torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1).step()\n"
-        "if __name__ == '__main__':\n"
-        "    mp.spawn(work, nprocs=1)\n"
-    )
-    assert run(*COMMAND, path).stderr.splitlines() == [NOTHING]
+CHILDREN = """
+import multiprocessing, sys, torch, torch.multiprocessing as mp
+
+def work(*args):
+    optimizer = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+    print(type(optimizer).__name__)
+
+class Forked(multiprocessing.get_context("fork").Process):
+    def run(self):
+        work()
+
+if __name__ == "__main__":
+    list(torch.utils.data.DataLoader([1, 2], num_workers=2))
+    mp.spawn(work, nprocs=1)
+    process = Forked()
+    process.start()
+    process.join()
+"""
+
+
+def test_processes_that_the_script_starts_are_named_with_what_becomes_of_their_optimizers(script, run, tmp_path):
+    """A spawned one trains plainly, and only that it does is promised. A worker of a DataLoader is no news."""
+    done = run(*COMMAND, "--report", tmp_path / "out", script(CHILDREN))
+    assert done.stdout.split() == ["SGD", "MechanizedSGD"]
+    lines = done.stderr.splitlines()
+    spawned = "optimizers built there stay plain. Remedy: torchrun -m mechanic_pytorch run"
+    forked = "optimizers built there are mechanized, too, but are not in this report"
+    assert lines[1:4] == [
+        NOTHING,
+        f"mechanic: the script has spawned 1 process, work: {spawned}",
+        f"mechanic: the script has forked 1 process, Forked: {forked}",
+    ]
+    processes = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["processes"]
+    assert [(one["start_method"], one["covered"], one["loads_data"]) for one in processes] == [
+        *[("fork", True, True)] * 2,
+        ("spawn", False, False),
+        ("fork", True, False),
+    ]
 
 
 # --- what it does -----------------------------------------------------------------------------------------------------
@@ -344,14 +368,7 @@ def test_it_also_works_in_processes_that_the_script_spawns(script, run):
 def mnist(tmp_path_factory):
     """Return a directory with the four files of MNIST, of scikit-learn's digits: the tests need no download."""
     folder = tmp_path_factory.mktemp("mnist")
-    images, labels = load_digits(return_X_y=True)
-    images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3))).astype(np.uint8)
-    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    for part, which in {"train": slice(0, 1437), "t10k": slice(1437, None)}.items():
-        for name, array in {"images": images[which], "labels": labels[which].astype(np.uint8)}.items():
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            data = gzip.compress(header + array.tobytes(), compresslevel=1)
-            (folder / f"{part}-{name}-idx{array.ndim}-ubyte.gz").write_bytes(data)
+    write_digits_as_mnist(folder)
     return folder
 
 
@@ -496,8 +513,8 @@ def test_all_processes_are_mechanized_or_none(monkeypatch, launcher):
         monkeypatch.delenv(name, raising=False)
     if launcher is not None:
         monkeypatch.setenv(launcher, "1")
-    assert command._reports() == (launcher is None)
-    patch = command._ScriptPatch(None, (), (), {}, over_world=False, log_every=0, directory=None, facts={})
+    assert command.reports() == (launcher is None)
+    patch = command.ScriptPatch(None, (), (), {})
     assert patch.reason_against(torch.optim.SGD) is None
     monkeypatch.setattr(command, "_world_size", lambda: 2)
     reason = patch.reason_against(torch.optim.SGD)
@@ -721,7 +738,8 @@ def test_the_report_holds_what_was_learned_and_how(script, tmp_path, run):
         fmean(lrs[0] for _, lrs in adamw["effective_lr"]), rel=1e-6
     )
     assert f"mechanic: {adamw['advice']}" in done.stderr.splitlines()
-    assert adamw["loss"] == []
+    assert [step for step, _ in adamw["loss"]] == list(range(1, 21)), "what backward() was called on"
+    assert adamw["loss"][0][1] > adamw["loss"][-1][1] > 0
     assert [group["script_lr"] for group in sgd["groups"]] == [0.1, 0.05]
     assert all(a == pytest.approx(2 * b) for _, (a, b) in sgd["effective_lr"])
     assert re.match(r"to train without Mechanic, use SGD with lr=\S.* in group 0, lr=\S.* in group 1; ", sgd["advice"])
@@ -946,8 +964,13 @@ def test_an_lr_of_a_run_that_failed_is_given_with_a_warning(script, run, tmp_pat
         ("[]", [], "TypeError"),
         ('{"optimizers": [], "outcome": "finished", "options": {}}', [], "KeyError: 'per_group'"),
         ('{"optimizers": [], "outcome": "finished", "options": {"per_group": false}}', [], "with a learned lr. Got"),
-        ("{}", ["--s-init", "auto"], "--plain-from goes with no option but -m. Got --s-init. Remedy:"),
+        (
+            "{}",
+            ["--s-init", "auto"],
+            "--plain-from goes with no option but -m, --seed and --report. Got --s-init.",
+        ),
         ("{}", ["--strict"], "Got --strict. Remedy:"),
+        ("{}", ["--plain"], "Got --plain. Remedy:"),
     ],
 )
 def test_a_report_that_holds_no_lr_is_refused(tmp_path, monkeypatch, capsys, report, options, message):
@@ -993,10 +1016,40 @@ def test_help_names_every_option_of_mechanize_and_keeps_the_examples_on_their_li
     text = capsys.readouterr().out
     assert text.startswith("Usage: mechanic run [OPTIONS] SCRIPT [ARGS]...\n")
     assert "\n    mechanic run train.py --epochs 10\n" in text
+    titles = [
+        "The script",
+        "What is mechanized",
+        "What is reported",
+        "Without Mechanic",
+        "Options of mechanize",
+        "Other",
+    ]
+    assert re.findall(r"^(\S.*):$", text, re.MULTILINE) == titles
+    assert text.index("What is reported:") < text.index("--log-every") < text.index("Without Mechanic:")
     for_python = {"Base", "store_delta", "log_func"}  # a class, a word without effect, a function
     ours = inspect.signature(mechanize).parameters.keys() - for_python
     assert len(ours) >= 8
     assert all(f"--{option.replace('_', '-')}" in text for option in ours)
+
+
+@pytest.mark.parametrize(
+    ("words", "answers"),
+    [
+        ("mechanic ru", ["plain,run"]),
+        ("mechanic run --plain", ["plain,--plain", "plain,--plain-from"]),
+        ("mechanic compare --seed", ["plain,--seeds"]),
+        ("mechanic run tr", ["file,"]),
+        ("mechanic run train.py --config tr", ["file,"]),
+    ],
+)
+def test_a_shell_completes_the_command_line(words, answers, capsys, monkeypatch):
+    monkeypatch.setenv("_MECHANIC_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    monkeypatch.setattr(sys, "argv", ["mechanic"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.splitlines() == answers
 
 
 def test_a_name_that_nothing_bears_is_reported_with_the_closest_one(script, run):
@@ -1065,7 +1118,7 @@ def test_env_says_which_kernel_fails_and_why(monkeypatch):
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_script_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--report", str(tmp_path / "out"), __file__])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HELP = """\
 Usage: mechanic COMMAND ...
@@ -14,8 +16,9 @@ Usage: mechanic COMMAND ...
 Mechanic: learn the scale of the learning rate while a script trains.
 
 Commands:
-  run  Run a training script with mechanized optimizers: mechanic run train.py
-  env  Show versions, devices and kernels, for bug reports.
+  run      Run a training script with mechanized optimizers: mechanic run train.py
+  compare  Run it plainly, mechanized, and plainly at the learned lr: mechanic compare train.py
+  env      Show versions, devices and kernels, for bug reports.
 
 Options:
   -h, --help     Show this message. "mechanic run --help" has the options of run.
@@ -26,7 +29,9 @@ Options:
 def main() -> None:
     """Do what the command line says."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
+    if "_MECHANIC_COMPLETE" in os.environ:
+        _cli("").complete()
+    elif command in ("-h", "--help"):
         print(HELP, end="")
     elif command in ("-V", "--version"):
         print(f"mechanic {version('mechanic-pytorch')}")
@@ -34,32 +39,33 @@ def main() -> None:
         from mechanic_pytorch.scripts import environment
 
         print(environment.describe())
-    elif command == "run":
-        _run()
+    elif command in ("run", "compare"):
+        _cli(f" {command}").main(command, sys.argv[2:])
     else:
         print(f"mechanic: there is no command {command!r}. Remedy: {_remedy(command)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _run() -> None:
+def _cli(command: str) -> Any:
+    """Return the module with the command line."""
     try:
-        from mechanic_pytorch.scripts import run
+        from mechanic_pytorch.scripts import cli
     except ModuleNotFoundError as missing:
         package = str(missing.name).partition(".")[0]
         if package not in ("click", "rich"):
             raise
         sys.exit(
-            f"mechanic run: it needs click and rich. Got no module named {package!r}. "
+            f"mechanic{command}: it needs click and rich. Got no module named {package!r}. "
             "Remedy: pip install 'mechanic-pytorch[run]'."
         )
-    run.main(sys.argv[2:])
+    return cli
 
 
 def _remedy(command: str) -> str:
     """Return what was probably meant."""
     if command.startswith("-") or command.endswith(".py") or Path(command).exists():
         return shlex.join(["mechanic", "run", *sys.argv[1:]])
-    return f"mechanic {next(iter(get_close_matches(command, ['run', 'env'])), '--help')}"
+    return f"mechanic {next(iter(get_close_matches(command, ['run', 'compare', 'env'])), '--help')}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`mechanic run --plain-from report.json`: a script without Mechanic, with the lrs that a run has learned."""
+"""A script without Mechanic: as it is, or, by `--plain-from report.json`, with the lrs that a run has learned."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from mechanic_pytorch.scripts.report import why_no_advice
 
 
 class PlainPatch(Patch):
+    """Mechanize nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(None, (), (), {})
+
+    def reason_against(self, cls: type[Optimizer]) -> str | None:
+        """Leave all plain."""
+        return super().reason_against(cls) or "the script runs without Mechanic"
+
+
+class LearnedPatch(PlainPatch):
     """Mechanize nothing, and give the optimizers that a script builds the learned lrs of a report, in order.
 
     The k-th optimizer built gets what the k-th of the report has learned, as the lr of its groups. Groups that come
@@ -28,7 +39,7 @@ class PlainPatch(Patch):
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        super().__init__(None, (), (), {})
+        super().__init__()
         self._path, self._say = path, say
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
@@ -50,10 +61,6 @@ class PlainPatch(Patch):
             )
         if obstacle:
             say(f"the lr of {path} may be far off, because {obstacle} in that run")
-
-    def reason_against(self, cls: type[Optimizer]) -> str | None:
-        """Leave all plain."""
-        return super().reason_against(cls) or "the script runs without Mechanic"
 
     def add(self, optimizer: Optimizer, one: Built) -> None:
         """Set its lr.

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import platform
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from rich.text import Text
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch._torch import can_sync
+from mechanic_pytorch._torch import can_sync, lrs
 from mechanic_pytorch._watch import said
+from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.confidence import Confidence, confidence
+from mechanic_pytorch.scripts.losses import Losses
 from mechanic_pytorch.scripts.patch import Built, is_torchs
-from mechanic_pytorch.telemetry import ReadOut, Snapshot, Thinned, read, snapshot
+from mechanic_pytorch.telemetry import ReadOut, Thinned, read, snapshot
 
 CAPACITY = 1000  # points per curve
 ROUGH = 100  # where no curve is asked for, but how far the learned lr can be trusted
@@ -32,17 +34,24 @@ COLORS = 10  # curves that the default colors tell apart
 
 
 class Record:
-    """What one optimizer learns over its steps, and the loss where a closure returns it. No step reads the device."""
+    """What one optimizer does over its steps: the lr, what it learns, and the loss. No step reads the device.
 
-    def __init__(self, optimizer: Any, capacity: int) -> None:
-        self._rows: Thinned[tuple[Snapshot, Any]] = Thinned(capacity)
+    The loss is the one that a closure returns, else what the training loop called `backward()` on.
+    """
+
+    def __init__(self, optimizer: Any, capacity: int, losses: Losses | None = None) -> None:
+        self.steps = 0  # that were seen: those of a compiled step are not
+        self._rows: Thinned[tuple[Any, Any]] = Thinned(capacity)
+        self._take: Callable[[Any], Any] = snapshot if isinstance(optimizer, Mechanic) else self._take_plain
+        self._read: Callable[[list[Any]], list[ReadOut]] = read if isinstance(optimizer, Mechanic) else _read_plain
+        self._losses = losses
         self._seen: list[Any] = []
         optimizer.register_step_pre_hook(self._watch)
         optimizer.register_step_post_hook(self._keep)
 
     def read(self) -> tuple[list[ReadOut], list[tuple[int, float]]]:
-        """Return what was learned after each step kept, and (step, the loss before it), if a closure returned one."""
-        rows = read([taken for taken, _ in self._rows.values])
+        """Return what was learned after each step kept, and (step, the loss before it), where one was seen."""
+        rows = self._read([taken for taken, _ in self._rows.values])
         losses = [loss for _, loss in self._rows.values]
         return rows, [(row.steps, float(x)) for row, x in zip(rows, losses, strict=True) if x is not None]
 
@@ -67,8 +76,19 @@ class Record:
         return watched
 
     def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps += 1
+        loss = self._losses.at_step() if self._losses else None
         if can_sync(optimizer):
-            self._rows.add(lambda: (snapshot(optimizer), self._seen[0] if self._seen else None))
+            self._rows.add(lambda: (self._take(optimizer), self._seen[0] if self._seen else loss))
+
+    def _take_plain(self, optimizer: Optimizer) -> tuple[int, list[dict[str, Any]]]:
+        values = [group.get("lr") for group in optimizer.param_groups]
+        return self.steps, [{"lr": lr.clone() if isinstance(lr, Tensor) else lr} for lr in values]
+
+
+def _read_plain(taken: list[tuple[int, list[dict[str, Any]]]]) -> list[ReadOut]:
+    """Return the same of a plain optimizer, which has an lr, and learns nothing."""
+    return [ReadOut(steps, 0, [], lrs(groups), [], [], [], [], [], {}) for steps, groups in taken]
 
 
 def names(built: Sequence[Built]) -> dict[Built, str]:
@@ -97,9 +117,9 @@ def why_no_advice(outcome: str) -> str | None:
 def advice(one: Built, name: str, trust: Confidence) -> str:
     """Return the sentence that says how to go on without Mechanic, of an optimizer that has learned an lr."""
     learned = one.learned_lr()
-    rates = [_digit(lr) for lr in learned]
+    rates = [digit(lr) for lr in learned]
     for i, ends in enumerate(trust.ranges[: len(rates)]):
-        low, high = map(_digit, ends)
+        low, high = map(digit, ends)
         rates[i] += f" ({low} to {high})" if low != high else ""
     by_value = _alike(rates)
     if len(by_value) == 1:
@@ -107,13 +127,13 @@ def advice(one: Built, name: str, trust: Confidence) -> str:
     elif len(by_value) <= 4:
         values = ", ".join(f"lr={rate} in {_groups(which)}" for rate, which in by_value.items())
     else:
-        values = f"lr={_digit(min(learned))} to {_digit(max(learned))}, by group as listed"
+        values = f"lr={digit(min(learned))} to {digit(max(learned))}, by group as listed"
     of_which = "" if name == one.base.__name__ else f" for {name}"
     sentence = f"to train without Mechanic, use {one.base.__name__} with {values}{of_which}"
     return "; ".join([sentence, *trust.remarks()])
 
 
-def _digit(lr: float) -> str:
+def digit(lr: float) -> str:
     """Return a learned lr as it is known, to one digit."""
     return f"{lr:.0e}"
 
@@ -134,10 +154,11 @@ def show(
         tell("no torch.optim optimizer was built in this process")
     mechanized = [one for one in built if one.is_mechanized]
     if mechanized:
-        table = _table(console)
+        columns = "optimizer", "steps", "skipped", "group", "script's lr", "learned peak lr"
+        table = table_of(console, *columns, words=("optimizer", "group"))
         for one in mechanized:
             who = [called[one], str(one.steps), str(one.skipped_steps)]
-            rows = [(f"{a:.1e}", _digit(b)) for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
+            rows = [(f"{a:.1e}", digit(b)) for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
             for values, which in _alike(rows).items():
                 table.add_row(*who, _ranges(which), *values)
                 who = [""] * 3
@@ -162,13 +183,18 @@ def say(line: str, console: Console | None = None) -> None:
     console.print(Text(f"mechanic: {line}"), soft_wrap=not console.is_terminal)
 
 
-def _table(console: Console) -> Table:
-    """Return a table in which words wrap, and numbers never."""
+def on_stdout() -> Console:
+    """Return the console of a command whose result is what it shows."""
+    return Console()
+
+
+def table_of(console: Console, *columns: str, words: Sequence[str]) -> Table:
+    """Return a table with these columns, in which words wrap, and numbers never."""
     table = Table(highlight=False, padding=(0, int(console.width >= 80)))
     table.width = NARROWEST if console.width < NARROWEST else None
-    table.add_column("optimizer", overflow="fold")
-    for name in ("steps", "skipped", "group", "script's lr", "learned peak lr"):
-        table.add_column(name if console.width >= 80 else name.replace(" ", "\n", 1), no_wrap=name != "group")
+    for name in columns:
+        header = name if console.width >= 80 else name.replace(" ", "\n", 1)
+        table.add_column(header, overflow="fold", no_wrap=name not in words)
     return table
 
 
@@ -244,16 +270,20 @@ def write_json(
     optimizers = [_as_json(one, name, records.get(one), has_advice) for one, name in names(built).items()]
     versions = {"mechanic_pytorch": version("mechanic-pytorch"), "torch": torch.__version__}
     versions["python"] = platform.python_version()
-    text = json.dumps(_finite({**facts, "versions": versions, "optimizers": optimizers}), indent=2, allow_nan=False)
-    new = directory / ".report.json"
-    new.write_text(text + "\n", encoding="utf-8")
-    new.replace(directory / "report.json")
+    dump(directory / "report.json", {**facts, "versions": versions, "optimizers": optimizers})
     return optimizers
+
+
+def dump(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; inf and nan become null."""
+    new = path.with_name(f".{path.name}")
+    new.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def _as_json(one: Built, name: str, record: Record | None, has_advice: bool) -> dict[str, Any]:
     rows, losses = record.read() if record else ([], [])
-    trust = confidence(rows, one.steps - one.skipped_steps)
+    trust = confidence(rows if one.is_mechanized else [], one.steps - one.skipped_steps)
     learned: Sequence[float | None] = one.learned_lr() or [None] * len(one.script_lrs)
     pairs = zip(one.script_lrs, learned, strict=False)  # groups may have gone
     groups = [
@@ -267,7 +297,7 @@ def _as_json(one: Built, name: str, record: Record | None, has_advice: bool) -> 
         "variable": one.place.variable,
         "mechanized": one.is_mechanized,
         "reason": one.reason,
-        "steps": one.steps if one.is_mechanized else None,
+        "steps": one.steps if one.is_mechanized else record and (record.steps or None),
         "skipped_steps": one.skipped_steps if one.is_mechanized else None,
         "groups": groups,
         "trend": trust.trend,
@@ -300,20 +330,32 @@ def _curves(one: dict[str, Any]) -> dict[str, tuple[tuple[int, float], ...]]:
     return {f"effective lr, {_groups(which)}": curve for curve, which in curves.items()}
 
 
-def _draw(path: Path, optimizers: Sequence[dict[str, Any]]) -> None:
-    from matplotlib import colormaps
+def panels(rows: int, columns: int) -> tuple[Any, Any]:
+    """Return a figure of matplotlib, and its axes, row by row."""
     from matplotlib.figure import Figure  # not pyplot, whose state is the script's
 
-    figure = Figure(figsize=(8, 3.2 * len(optimizers)), layout="constrained")
-    for axes, one in zip(figure.subplots(len(optimizers), squeeze=False)[:, 0], optimizers, strict=True):
+    figure = Figure(figsize=(4 + 4 * columns, 3.2 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def log_scale(axes: Any) -> None:
+    """Make the vertical scale logarithmic, if a curve has something to show there."""
+    if any(value > 0 for line in axes.lines for value in line.get_ydata()):
+        axes.set_yscale("log", nonpositive="mask")
+
+
+def _draw(path: Path, optimizers: Sequence[dict[str, Any]]) -> None:
+    from matplotlib import colormaps
+
+    figure, rows = panels(len(optimizers), 1)
+    for (axes,), one in zip(rows, optimizers, strict=True):
         curves = _curves(one)
         last = len(curves) - 1
         for i, (name, curve) in enumerate(curves.items()):
             many = last >= COLORS  # then the colors run from the first to the last, which alone are named
             color = colormaps["viridis"](i / last) if many else f"C{i}"
             axes.plot(*zip(*curve, strict=True), color=color, label=None if many and 0 < i < last else name)
-        if any(value > 0 for curve in curves.values() for _, value in curve):
-            axes.set_yscale("log", nonpositive="mask")
+        log_scale(axes)
         axes.set_title(one["name"])
         axes.set_xlabel("step")
         axes.set_ylabel("effective lr")
