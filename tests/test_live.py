@@ -40,6 +40,12 @@ from tqdm import tqdm
 for _ in tqdm(range(20), ncols=60, desc="bar", mininterval=0):
     step()
 """
+ASKS = """
+for _ in range(5):
+    step()
+print("got", input("who? "))
+step()
+"""
 MOVES = """
 for _ in range(5):
     step()
@@ -98,7 +104,7 @@ class Screen:
 
 
 def on_a_terminal(script, *options):
-    """Return what `mechanic run` writes to a terminal."""
+    """Return what `mechanic run` writes to a terminal, at which somebody answers to "who? "."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     environment = {**environment_of_tests(), "TERM": "xterm"}
@@ -109,6 +115,8 @@ def on_a_terminal(script, *options):
         try:
             while part := os.read(ours, 65536):
                 written += part
+                if part.endswith(b"who? "):
+                    os.write(ours, b"Ann\n")
         except OSError:  # so Linux says that nobody writes any more
             pass
     os.close(ours)
@@ -163,6 +171,14 @@ def test_what_the_script_prints_stays(shown, code):
     screen = shown(code)
     text = "\n".join(screen.lines)
     assert ("x" * 100 + "\n" in text) if code is LONG else ("of the child\n" in text)
+    assert not LINE.search(text)
+
+
+def test_a_question_and_its_answer_stay(shown):
+    screen = shown(ASKS)
+    assert any(LINE.search(seen) for seen in screen.seen)
+    text = "\n".join(screen.lines)
+    assert re.search(r"^who\? Ann\ngot Ann$", text, re.MULTILINE), text
     assert not LINE.search(text)
 
 

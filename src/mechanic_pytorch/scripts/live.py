@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
 import io
 import os
 import re
@@ -44,10 +46,11 @@ class LiveLine:
         both = sys.stderr, sys.stdout
         self._streams = [each for each in both if isinstance(each, io.TextIOWrapper) and each.isatty()]
         self._is_open = sys.stderr in self._streams and os.environ.get("TERM", "dumb") != "dumb"
-        self._write = sys.stderr.write
+        self._write, ask = sys.stderr.write, builtins.input
         if self._is_open:
             for stream in self._streams:
                 vars(stream)["write"] = self._around(stream.write)
+            builtins.input = self._before(ask)
         try:
             yield
         finally:
@@ -55,6 +58,7 @@ class LiveLine:
                 self._close()
             for stream in self._streams:
                 vars(stream).pop("write", None)
+            builtins.input = ask
 
     def tick(self) -> None:
         """Ask for the text and draw it, if it is time."""
@@ -83,6 +87,17 @@ class LiveLine:
                     self._tail = re.split(r"[\n\r]", self._tail + text)[-1]
                     self._draw()
             return count
+
+        return around
+
+    def _before(self, ask: Callable[..., str]) -> Callable[..., str]:
+        @functools.wraps(ask)
+        def around(*prompt: object) -> str:
+            if self._is_here():
+                with self._lock:
+                    self._erase()
+                    self._tail = ""  # where the answer ends
+            return ask(*prompt)
 
         return around
 
