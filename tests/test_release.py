@@ -78,7 +78,7 @@ def rows_of(text):
 
 def test_each_cell_that_compares_features_has_a_source_and_the_readme_says_the_same():
     page = rows_of(read("docs/compare.md"))
-    bare = [cell for row in page.values() for cell in row.values() if cell != "–" and "[" not in cell]
+    bare = [cell for row in page.values() for cell in row.values() if cell != "\N{EN DASH}" and "[" not in cell]
     assert bare == []
     for name, row in rows_of(read("README.md")).items():
         for peer, cell in row.items():
