@@ -1,6 +1,7 @@
 """What type checkers and editors see."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def test_mypy_accepts_right_uses_and_no_others(monkeypatch):
 
 def test_pyright_accepts_right_uses_and_no_others(tmp_path):
     """Editors ask it, or what is built of it."""
-    found = next(filter(None, map(shutil.which, ("pyright", "basedpyright"))), None)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = next(filter(None, (shutil.which(name, path=path) for name in ("pyright", "basedpyright"))), None)
     if found is None:
         pytest.skip("pip install basedpyright")
     cases = shutil.copy(CASES, tmp_path)  # where no configuration of ours counts
