@@ -37,6 +37,7 @@ ALLOWED = {
 OPTIONAL = {
     "axolotl.py": {"axolotl"},
     "cli.py": {"click"},
+    "live.py": {"rich"},
     "report.py": {"matplotlib", "rich"},
     "huggingface.py": {"transformers"},
     "lightning.py": {"lightning", "pytorch_lightning"},

@@ -58,14 +58,31 @@ def test_a_link_on_pypi_leads_somewhere():
 
 
 def test_the_readme_is_short_and_begins_with_what_convinces():
-    """The picture, five lines of code and all links in one screen; the rest is in `docs/`."""
+    """Five lines of code, the picture, the table of peers and all links in one screen; the rest is in `docs/`."""
     lines = read("README.md").splitlines()
     assert len(lines) <= 120
-    first = "\n".join(lines[:28])
+    first = "\n".join(lines[:34])
+    assert "| Mechanic | Prodigy | Schedule-Free | D-Adaptation | Automagic" in first
     assert "](docs/demo.png)" in first
     assert (ROOT / "docs" / "demo.png").exists() or not (ROOT / "docs" / "step_cost.png").exists()  # an sdist has none
     assert len(re.search(r"```python\n(.*?)```", first, flags=re.DOTALL)[1].splitlines()) == 5
     assert {"scripts", "recipes", "troubleshooting", "compare"} <= set(re.findall(r"\]\(docs/([\w-]+)\.md\)", first))
+
+
+def rows_of(text):
+    """Return the table that compares features: the cells of its columns, by their heads, and those of a column."""
+    table = re.search(r"^\| \| Mechanic \|.*\n(?:\|.*\n)+", text, re.MULTILINE)[0]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def test_each_cell_that_compares_features_has_a_source_and_the_readme_says_the_same():
+    page = rows_of(read("docs/compare.md"))
+    bare = [cell for row in page.values() for cell in row.values() if cell != "\N{EN DASH}" and "[" not in cell]
+    assert bare == []
+    for name, row in rows_of(read("README.md")).items():
+        for peer, cell in row.items():
+            assert re.sub(r"\[(.*?)\](?:\[.*?\]|\(.*?\))", r"\1", page[name][peer]) == cell, (name, peer)
 
 
 def test_the_pages_say_what_was_measured_of_the_present_rule():

@@ -1,5 +1,10 @@
 """What type checkers and editors see."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +38,23 @@ def test_mypy_accepts_right_uses_and_no_others(monkeypatch):
     monkeypatch.setenv("MYPYPATH", str(stubs.PACKAGE.parent))
     output, errors, _ = api.run(["--strict", "--follow-imports=silent", "--config-file=", str(CASES)])
     assert output == "Success: no issues found in 1 source file\n", output + errors
+
+
+def test_pyright_accepts_right_uses_and_no_others(tmp_path):
+    """Editors ask it, or what is built of it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = next(filter(None, (shutil.which(name, path=path) for name in ("pyright", "basedpyright"))), None)
+    if found is None:
+        pytest.skip("pip install basedpyright")
+    cases = shutil.copy(CASES, tmp_path)  # where no configuration of ours counts
+    config = {"extraPaths": [str(stubs.PACKAGE.parent)], "enableTypeIgnoreComments": False}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config), encoding="utf-8")
+    command = [found, "--outputjson", "--project", str(tmp_path), "--pythonpath", sys.executable]
+    output = json.loads(subprocess.run(command, capture_output=True, check=False, text=True).stdout)
+    errors = [each for each in output["generalDiagnostics"] if each["severity"] == "error"]
+    lines = Path(cases).read_text(encoding="utf-8").splitlines()
+    wrong = {number for number, line in enumerate(lines) if "# type: ignore" in line}
+    assert {each["range"]["start"]["line"] for each in errors} == wrong, errors
 
 
 def test_right_uses_run():

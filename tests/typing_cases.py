@@ -1,4 +1,4 @@
-"""Right and wrong uses, for type checkers: `test_types.py` runs mypy on this file, and the right ones themselves.
+"""Right and wrong uses: `test_types.py` runs mypy and pyright on this file, and the right ones themselves.
 
 A wrong one bears `type: ignore`, which is an error where the checker finds nothing wrong.
 """

@@ -89,13 +89,15 @@ def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Call
                 f"mechanic_{key}, or to mechanize({base.__name__}, {key}={kwargs[key]!r})."
             )
         options = {_OPTIONS[key]: kwargs.pop(key) for key in list(kwargs) if key in _OPTIONS}
-        if options and "_mechanic_made_from" not in vars(cls):
+        wanted = replace(config, **options)
+        others = [name for name in options if getattr(wanted, name) != getattr(config, name)]
+        if others and "_mechanic_made_from" not in vars(cls):  # its own are no change: tools pass all that they know
             raise TypeError(
                 f"{who}: a class that is derived from a mechanized one cannot take options of mechanize. Got "
-                f"{', '.join(options)}. Remedy: derive it from mechanize({base.__name__}, ...) with these options."
+                f"{', '.join(others)}. Remedy: derive it from mechanize({base.__name__}, ...) with these options."
             )
-        if options:
-            self.__class__ = class_for(mixin, base, replace(config, **options))
+        if others:
+            self.__class__ = class_for(mixin, base, wanted)
         super(mixin, self).__init__(*args, **kwargs)
 
     signature = _signature(base, config)

@@ -154,8 +154,8 @@ def test_a_class_that_is_derived_says_where_its_options_belong():
 
     params = [torch.zeros(1, requires_grad=True)]
     assert type(Derived(params, lr=1.0)) is Derived
-    with pytest.raises(TypeError, match=r"Remedy: derive it from mechanize\(AdamW, \.\.\.\)"):
-        Derived(params, lr=1.0, mechanic_max_lr=0.1)
+    with pytest.raises(TypeError, match=r"Got max_lr\. Remedy: derive it from mechanize\(AdamW, \.\.\.\)"):
+        Derived(params, lr=1.0, mechanic_s_decay=0.01, mechanic_max_lr=0.1)
 
 
 # What is imitated of the following three was read in their repositories; `docs/trainers.md` has the commits.
@@ -249,6 +249,28 @@ def test_the_real_lightning_cli_passes_options(monkeypatch):
     cli = LightningCLI(Module, run=False, save_config_callback=None, seed_everything_default=False, args=arguments)
     built = cli.model.configure_optimizers()
     assert type(built) is mechanize(torch.optim.AdamW, s_init="auto")
+
+
+class Mine(mechanize(torch.optim.AdamW, s_init="auto", betas=(0.9, 0.99))):
+    """A class of a user's, which passes on what it does not know."""
+
+    def __init__(self, params, lr: float = 1.0, mine: int = 0, **rest):
+        super().__init__(params, lr=lr, **rest)
+        self.mine = mine
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_jsonargparse_builds_a_class_that_is_derived_from_a_mechanized_one(keeps):
+    """It passes every option in the signature, with its default."""
+    arguments = [f"--optimizer={__name__}.Mine", "--optimizer.mine=3", *["--optimizer.mechanic_max_lr=1"] * (not keeps)]
+    config = new_parser().parse_args(arguments).optimizer.as_dict()
+    assert config["init_args"]["mechanic_s_init"] == "auto"
+    if keeps:
+        built = instantiate_class(mlp().parameters(), config)
+        assert (type(built), built.mine, built.mechanic_config) == (Mine, 3, Mine.mechanic_config)
+    else:
+        with pytest.raises(TypeError, match=r"Got max_lr\. Remedy: derive it"):
+            instantiate_class(mlp().parameters(), config)
 
 
 THIRD_PARTY = "mechanic_pytorch.optim.pytorch_optimizer.Lion"

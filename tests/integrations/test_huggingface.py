@@ -153,8 +153,9 @@ def test_without_transformers_the_extra_is_named():
     assert "Remedy: pip install 'mechanic-pytorch[huggingface]'." in done.stderr
 
 
-def test_accelerate_launch_starts_the_command(tmp_path):
-    """As docs/huggingface.md says."""
+@pytest.mark.parametrize("launched", [["--cpu", "--num_processes", "1"], ["--multi_gpu", "--num_processes", "2"]])
+def test_accelerate_launch_starts_the_command(tmp_path, launched):
+    """As docs/huggingface.md says. Two processes of a CPU need no GPU, but the launcher that is for some."""
     script = tmp_path / "train.py"
     script.write_text(
         """
@@ -168,10 +169,12 @@ for _ in range(20):
     optimizer.zero_grad()
     accelerator.backward((model(torch.ones(8, 4)) - 1).square().mean())
     optimizer.step()
+accelerator.print(accelerator.num_processes, "at work")
 """
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launched, "--mixed_precision", "no"]
     command = [*launch, "-m", "mechanic_pytorch", "run", "--strict", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "use AdamW with lr=" in done.stderr
+    assert done.stderr.count("use AdamW with lr=") == 1
+    assert f"{launched[-1]} at work" in done.stdout

@@ -34,13 +34,20 @@ class MechanicMonitor(Callback):
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse to watch nothing."""
+        """Refuse to watch nothing; have the progress bar show digits, where that of rich would show 0.000."""
         if not any(map(unwrap, trainer.optimizers)):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise TypeError(
                 f"MechanicMonitor: an optimizer must be mechanized. Got {names or 'none'}. Remedy: in "
                 "configure_optimizers, return mechanize(torch.optim.AdamW)(self.parameters(), lr=1.0)."
             )
+        bar = trainer.progress_bar_callback
+        if bar is not None:
+            get = bar.get_metrics
+            bar.get_metrics = lambda *who: {
+                name: f"{value:.2e}" if name.endswith("effective_lr") and isinstance(value, float) else value
+                for name, value in get(*who).items()
+            }
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Log, if it is time."""

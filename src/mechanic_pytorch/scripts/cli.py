@@ -183,6 +183,15 @@ _DIRECTORY = click.Path(file_okay=False, path_type=Path)
     type=_DIRECTORY,
     help="Write report.json, a picture of the learning rate over the steps and a TensorBoard log into this directory.",
 )
+@_option(
+    REPORT,
+    "--live",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    default=10,
+    show_default=True,
+    help="On a terminal, show the effective learning rate in a line that changes every so many seconds; 0 for none.",
+)
 @_option(REPORT, "--strict", "is_strict", is_flag=True, help="Fail if no mechanized optimizer has made a step.")
 @_option(
     PLAIN,
@@ -213,6 +222,7 @@ def _run(
     plain_from: Path | None,
     process_group: str | None,
     is_strict: bool,
+    live: float,
     **options: Any,
 ) -> Job:
     """Run a training script with mechanized optimizers, and say which learning rate they found.
@@ -245,7 +255,9 @@ def _run(
             )
         else:
             over_world = process_group is not None
-            patch = ScriptPatch(number, include, exclude, options, over_world=over_world, log_every=log_every)
+            patch = ScriptPatch(
+                number, include, exclude, options, over_world=over_world, log_every=log_every, live=live
+            )
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
     watch = Watch(directory, facts, with_plain=isinstance(patch, PlainPatch))

@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from mechanic_pytorch._torch import can_sync
 from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.children import Children
+from mechanic_pytorch.scripts.live import LiveLine
 from mechanic_pytorch.scripts.losses import Losses
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
 from mechanic_pytorch.scripts.plain import LearnedPatch, PlainPatch
@@ -48,10 +49,12 @@ class ScriptPatch(Patch):
         of_patch: as for `Patch`.
         over_world: whether all processes hold one model.
         log_every: print the effective lr every so many steps of each optimizer; 0 never does.
+        live: seconds between two states of the line on a terminal; 0 draws none.
     """
 
-    def __init__(self, *of_patch: Any, over_world: bool = False, log_every: int = 0) -> None:
+    def __init__(self, *of_patch: Any, over_world: bool = False, log_every: int = 0, live: float = 0.0) -> None:
         super().__init__(*of_patch)
+        self.live = LiveLine(live, self._now) if live and _rank() is None else None  # others would write across it
         self._over_world, self._log_every = over_world, log_every
         self._was_launched = _rank() is not None
 
@@ -81,18 +84,32 @@ class ScriptPatch(Patch):
         say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
         if self._log_every:
             optimizer.register_step_post_hook(self._logging(one))
+        if self.live:
+            optimizer.register_step_post_hook(self._live)
 
     def _logging(self, one: Built) -> Callable[..., None]:
         steps = itertools.count(1)
 
         def log(optimizer: Mechanic, *_: Any) -> None:
             if can_sync(optimizer) and next(steps) % self._log_every == 0:
-                values = dict.fromkeys(f"{lr:.2e}" for lr in optimizer.effective_lr())
-                say(
-                    f"{names(self.built)[one]}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}"
-                )
+                say(_progress(names(self.built)[one], optimizer))
 
         return log
+
+    def _live(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.live and can_sync(optimizer):
+            self.live.tick()
+
+    def _now(self) -> str:
+        """Return how far all mechanized optimizers are."""
+        living = ((name, one.optimizer) for one, name in names(self.built).items())
+        return "mechanic: " + "; ".join(_progress(name, each) for name, each in living if isinstance(each, Mechanic))
+
+
+def _progress(name: str, optimizer: Mechanic) -> str:
+    """Return how far an optimizer is. Syncs."""
+    values = dict.fromkeys(f"{lr:.2e}" for lr in optimizer.effective_lr())
+    return f"{name}, step {optimizer.mechanic_tuner.steps}: effective lr {', '.join(values)}"
 
 
 class Watch(Patch):
@@ -181,7 +198,8 @@ def run(job: Job) -> None:
     watch = job.watch
     outcome, has_news, start = "finished", True, time.monotonic()
     try:
-        with watch.watching(), patching(job.patch):
+        line = job.patch.live if isinstance(job.patch, ScriptPatch) else None
+        with watch.watching(), patching(job.patch), line.open() if line else nullcontext():
             _execute(job)
     except BaseException as error:
         has_news = bool(watch.built) or time.monotonic() - start > AT_ONCE
