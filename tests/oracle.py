@@ -63,14 +63,13 @@ class AutoOracle:
 
     def step(self, g, lr):
         """Take gradients, None of what does not take part."""
-        before, self.highest = self.highest, max(self.highest, lr)
-        self.jump = min(1.0, 2 * before / lr) if lr else 1.0
+        is_higher, self.highest = lr > self.highest, max(self.highest, lr)
         here = [i for i, gi in enumerate(g) if gi is not None]
         newcomers = [i for i in here if self.reference[i] is None]
         for i in newcomers:
             self.reference[i] = self.x[i]
         gradient = flat([g[i] for i in here])
-        length = self.learn(here, gradient, lr) if self.pace is not None else 1.0
+        length = self.learn(here, gradient, lr, is_higher) if self.pace is not None else 1.0
         u = self.base(self.x, g)
         measured = newcomers or here
         u_norm = norm(flat([u[i] for i in measured]))
@@ -85,22 +84,28 @@ class AutoOracle:
         self.reference = [None if at is None else xi for at, xi in zip(self.reference, self.x, strict=True)]
         self.m, self.v, self.r = np.zeros((3, len(self.s)))
         self.pace, self.usual, self.held = pace, norm(g), norm(g)
-        self.loudest, self.ceiling, self.lost = 0.0, np.inf, 0.0
+        self.ceiling, self.lost = np.inf, 0.0
         self.longest = norm(x) or 1.0
-        self.least = 1e-3 * self.longest / pace  # an effective lr
+        self.least = self.loudest = 1e-3 * self.longest / pace  # effective lrs
         self.s[:] = self.least / self.highest / len(self.s)
         self.peak, self.time, self.is_found = self.s.sum(), 0.0, False
 
-    def learn(self, here, g, lr):
+    def learn(self, here, g, lr, is_higher):
         x, reference = (flat([values[i] for i in here]) for values in (self.x, self.reference))
         self.longest = max(self.longest, norm(x))
         self.held = max(norm(g), 0.9 * self.held)
         length = min(1.0, 3 * self.usual / self.held)
         falls = lr < (1 - 1e-6) * self.highest
         self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
-        if not self.is_found:
-            self.r, self.s, self.peak = self.jump * self.r, self.jump * self.s, self.jump * self.peak
-        way, scale = x - reference, self.s.sum()
+        way, wanted = x - reference, lr * self.s.sum()
+        if not self.is_found and way @ g < 0 and self.s.sum() >= (1 - 1e-6) * self.peak:
+            wanted = max(wanted, self.loudest)
+        if self.ceiling == np.inf:
+            wanted = min(wanted, (2 if is_higher else 1) * self.loudest)
+        if lr > 0:
+            change = wanted / (lr * self.s.sum())
+            self.r, self.s, self.peak = change * self.r, change * self.s, change * self.peak
+        scale = self.s.sum()
         decay = self.s_decay * self.pace * self.highest / self.longest
         h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2

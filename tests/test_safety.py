@@ -7,9 +7,9 @@ from benchmarks import safety
 from mechanic_pytorch import mechanize
 from problems import IMAGES, LABELS, loss_of, mlp, train
 
-# "auto" against the plain base at the best lr for the very row, one seed: 1.1 and 2.3 where they were chosen. They were
-# 1.85 and 11.7 before the steps were plain ones.
-MEAN_FINAL, WORST_SPIKE = 1.3, 2.5
+# "auto" against the plain base at the best lr for the very row, two seeds: 0.95 and 2.3 where they were chosen. They
+# were 1.85 and 11.7 before the steps were plain ones.
+MEAN_FINAL, WORST_SPIKE = 1.1, 2.5
 DISTURBED_FACTOR, DISTURBED_MORE = 2.0, 0.05  # final loss: that much of the plain one's, and that much above
 
 # A poor scale is to show in losses here, not in a warning.
@@ -20,7 +20,7 @@ AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 
 @pytest.fixture(scope="module")
 def quick():
-    return {row: safety.compare(row, seeds=[0]) for row in safety.QUICK}
+    return {row: safety.compare(row) for row in safety.QUICK}
 
 
 @pytest.mark.xdist_group("safety")

@@ -6,7 +6,7 @@ A step is the base's own, S times as long, and nothing else:
 
 S is learned by the bets of Algorithm 1 (`tune`), on D = x - x_ref, the way that the weights have really gone: with
 delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two steps is in D. This file is
-what happens before `tune` (`bet`) and after it (`settle`): seven rules that replace the constants of Algorithm 1. They
+what happens before `tune` (`bet`) and after it (`settle`): eight rules that replace the constants of Algorithm 1. They
 are pure functions of numbers, one for each tuner. docs/safety.md gives the reasons, docs/design-notes.md what the
 constants were chosen on.
 
@@ -18,8 +18,12 @@ the largest lr.
 
 **Time** (`settle`). A step whose lr is the part w of the largest so far counts as the part w of a step: the new vectors
 are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND` of its
-largest, w is 1, because the schedule may be over soon; and an lr that is more than `FASTEST` times the largest before
-it, as no warm-up is, lowers the scale by what is more.
+largest, w is 1, because the schedule may be over soon.
+
+**Schedule** (`of_schedule`). The search finds the largest effective lr that wins, whatever the schedule does meanwhile:
+as long as bets win, the scale makes up for an lr that falls. And until a scale was lost, no schedule raises the
+effective lr above the largest before it: what is more is taken from the scale. A warm-up may, but not by more than
+`FASTEST` times in a step, as an lr would that is set by hand from 1e-8 to 1.
 
 **Noise** (`bet`). While lr is at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. Once
 lr falls, losses count half: the schedule takes noise out of the weights by itself, so the scale that pays best at the
@@ -67,7 +71,7 @@ LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is m
 LOSS_WEIGHT_FALLING = 0.5  # what a step that lost counts, against one that gained, once lr falls; before, 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
 LOST = 0.1  # of its largest: where a scale was wrong
-FASTEST = 2.0  # by how much a largest lr of the search may exceed that before it; by more, it is lowered
+FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
 RUNAWAY = 10.0  # times the loss of the last time, from which on the least scale was wrong, too
 REGAINED, REGAINED_FALLING = 0.2, 0.3  # of its largest, where it then goes on
 CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
@@ -157,6 +161,28 @@ def falls(memory: Memory, lr: float | Tensor) -> Tensor:
     return lr < LOWER * memory.highest
 
 
+def times(factor: Tensor, state: TunerState) -> TunerState:
+    """Return vectors whose scale is multiplied by a factor, shape (G,)."""
+    by = factor.unsqueeze(-1)
+    return state._replace(reward=by * state.reward, scales=by * state.scales)
+
+
+def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor) -> Tensor:
+    """Return by what the scale is to be multiplied because of what the schedule does, shape (G,).
+
+    Args:
+        memory: that of the last step.
+        scale: that of the last step.
+        loss: <D, g>.
+        lr: the largest of this step's.
+    """
+    now = lr * scale
+    wins = (memory.age == 0) & (loss < 0) & (scale >= LOWER * memory.peak)
+    least = torch.where(wins, memory.loudest, 0.0)
+    most = torch.where(memory.ceiling == 0, memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0), math.inf)
+    return torch.where(now > 0, now.clamp(least, most) / now, 1.0)
+
+
 def bet(
     state: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
 ) -> Bet:
@@ -170,20 +196,19 @@ def bet(
         betas: of the options.
         s_decay: of the options.
     """
-    is_jump = (memory.age == 0) & (memory.pace > 0) & (lr > FASTEST * memory.highest)
-    jump = torch.where(is_jump, FASTEST * memory.highest / lr, 1.0)
-    state = state._replace(reward=jump.unsqueeze(-1) * state.reward, scales=jump.unsqueeze(-1) * state.scales)
+    change = of_schedule(memory, state.scales.sum(-1), dots[..., 0], lr)
+    state = times(change, state)
     scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
-    is_known = (memory.pace > 0) & (scale > 0)
+    is_known = scale > 0
     held = torch.maximum(g, MOMENTUM * memory.momentum)
     shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
     memory = memory._replace(
-        highest=highest, longest=longest, gradient=gradient, momentum=held, peak=jump * memory.peak
+        highest=highest, longest=longest, gradient=gradient, momentum=held, peak=change * memory.peak
     )
     by = torch.where(is_known, shortened / scale, 0.0)
-    sums = dots * torch.stack([by, by, torch.ones_like(by), torch.ones_like(by)], -1)
+    sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor / highest, 0.0)
     loss_weight = torch.where(falls(memory, lr), LOSS_WEIGHT_FALLING, 1.0).to(decay)
@@ -202,28 +227,31 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     old, lr, loss = bet.state, bet.lr, bet.measured[..., 0]
     tiny = torch.finfo(memory.highest.dtype).tiny
     time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
-    time = torch.where(memory.age > 0, time, (time > 0).to(time))
+    was_found, has_ceiling = memory.age > 0, memory.ceiling > 0
+    time = torch.where(was_found, time, time > 0)
     new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
-    new = TunerState(*(torch.lerp(a, b, time.unsqueeze(-1)) for a, b in zip(old, new, strict=True)))
+    weight = time.unsqueeze(-1)
+    new = TunerState(*(torch.lerp(a, b, weight) for a, b in zip(old, new, strict=True)))
     scale = new.scales.sum(-1)
 
-    is_over = (memory.ceiling > 0) & (lr * scale > memory.ceiling)
+    effective = lr * scale
+    is_over = has_ceiling & (effective > memory.ceiling)
     ceiling = torch.where(is_over, memory.ceiling * (1 + time / memory.age.clamp_min(1.0)), memory.ceiling)
-    factor = torch.where(is_over, ceiling / (lr * scale), 1.0).clamp_max(1.0)
-    new = new._replace(reward=factor.unsqueeze(-1) * new.reward, scales=factor.unsqueeze(-1) * new.scales)
-    scale = factor * scale
+    factor = torch.where(is_over, ceiling / effective, 1.0).clamp_max(1.0)
+    new, scale = times(factor, new), factor * scale
     loudest = torch.maximum(memory.loudest, lr * scale)
 
     is_least = scale * memory.highest * LOWER <= memory.floor
     runs_away = is_least & (memory.loss > 0) & (loss > RUNAWAY * memory.loss)
     is_lost = (scale < LOST * memory.peak) | runs_away
-    is_found = (memory.age > 0) | (scale < FOUND * memory.peak)
+    is_found = was_found | (scale < FOUND * memory.peak)
     falling = falls(memory, lr).to(scale)
     regained = memory.peak * (REGAINED + falling * (REGAINED_FALLING - REGAINED))
     fresh = evenly(regained, like=new)
-    new = TunerState(*(torch.where(is_lost.unsqueeze(-1), a, b) for a, b in zip(fresh, new, strict=True)))
+    rows = is_lost.unsqueeze(-1)
+    new = TunerState(*(torch.where(rows, a, b) for a, b in zip(fresh, new, strict=True)))
     lower = CEILING * loudest
-    lower = torch.where(ceiling > 0, torch.minimum(ceiling, lower), lower)
+    lower = torch.where(has_ceiling, torch.minimum(ceiling, lower), lower)
 
     age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
     power = FOLLOW + falling * (FOLLOW_FALLING - FOLLOW)
@@ -279,7 +307,7 @@ def first_scale(
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, none, none, none)
+    first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, floor, none, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = TunerState(*(torch.where(begins.unsqueeze(-1), a, b) for a, b in zip(fresh, state, strict=True)))
