@@ -95,7 +95,7 @@ class AutoOracle:
         self.longest = max(self.longest, norm(x))
         self.held = max(norm(g), 0.9 * self.held)
         length = min(1.0, 3 * self.usual / self.held)
-        falls = lr < (1 - 1e-6) * self.highest
+        moves = is_higher or lr < (1 - 1e-6) * self.highest
         self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
         way, wanted = x - reference, lr * self.s.sum()
         if not self.is_found and way @ g < 0 and self.s.sum() >= (1 - 1e-6) * self.peak:
@@ -110,7 +110,7 @@ class AutoOracle:
         h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
         gain = -self.s * h
-        r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & falls, gain / 2, gain))
+        r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & moves, gain / 2, gain))
         s = (self.least / self.highest / len(self.s) * m + r) / np.sqrt(v) if v.all() else self.s
         w = lr / self.highest if self.is_found else float(lr > 0)
         self.m, self.v, self.r, self.s = (
@@ -128,7 +128,7 @@ class AutoOracle:
         if now < 0.1 * self.peak or runs_away:
             self.renewed.append(now / self.peak)
             self.lost = max(0.0, way @ g)
-            self.peak = (0.3 if falls else 0.2) * self.peak
+            self.peak = (0.3 if moves else 0.2) * self.peak
             self.ceiling, self.loudest = min(self.ceiling, self.loudest / 2), 0.0
             self.m, self.v, self.r = np.zeros((3, len(self.s)))
             self.s = np.full(len(self.s), self.peak / len(self.s))
@@ -137,7 +137,7 @@ class AutoOracle:
         self.peak = max(self.peak, now)
         if self.is_found:
             self.time = max(1.0, self.time) + w
-            k = 0.3 if falls else 1.0
+            k = 0.3 if moves else 1.0
             for i in here:
                 self.reference[i] = self.reference[i] + w * k / (self.time + k + 7) * (self.x[i] - self.reference[i])
         return length

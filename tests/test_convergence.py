@@ -281,7 +281,7 @@ def test_the_ablation_changes_the_constants_of_its_own_job_alone(task, tmp_path)
     for method in ("ours-auto", *methods.ABLATION, "ours-auto"):
         line = methods.execute(methods.Job(task, method, 0, "quick"), None, tmp_path, 1)
         assert losses.setdefault(method, line["loss"]) == line["loss"], method
-    assert losses[f"ablation@{_auto.RELATIVE:g},{_auto.LOSS_WEIGHT_FALLING:g}"] == losses["ours-auto"]
+    assert losses[f"ablation@{_auto.RELATIVE:g},{_auto.LOSS_WEIGHT_MOVING:g}"] == losses["ours-auto"]
     assert len(set(losses.values())) == 3  # first steps; in so short a run nothing has been lost yet
 
 

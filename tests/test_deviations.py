@@ -289,7 +289,7 @@ def test_first_scale_is_zero_and_the_second_is_s_init(s_init):
 @pytest.mark.parametrize("loss_weight", [1.0, 0.25])
 def test_what_a_loss_counts(loss_weight):
     """A gain of 3, then a loss of 2: Algorithm 1 takes all of it back, a weight of 0.25 a quarter of it."""
-    assert (Config().tune_params.loss_weight, _auto.LOSS_WEIGHT_FALLING) == (1.0, 0.5)
+    assert (Config().tune_params.loss_weight, _auto.LOSS_WEIGHT_MOVING) == (1.0, 0.5)
     numbers = TuneParams((1.0,), s_decay=0.0, s_init=1e-8, eps=0.0, loss_weight=loss_weight)
     state = TunerState(*torch.tensor([[1.0], [1.0], [0.0], [1.0]]))  # a scale of 1
     state = tune(state, torch.tensor([-3.0, 0.0, 1.0, 1.0]), numbers)

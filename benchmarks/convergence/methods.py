@@ -47,7 +47,7 @@ FIXED = (
 )
 PAIRS = [(1e-4, 1), (1e-3, 1), (1e-2, 1), (1e-4, 0.5), (1e-3, 0.5), (1e-2, 0.5), (1e-3, 0.7), (1e-3, 0.3)]
 ABLATION = {
-    f"ablation@{first:g},{weight:g}": {"RELATIVE": first, "LOSS_WEIGHT_FALLING": weight} for first, weight in PAIRS
+    f"ablation@{first:g},{weight:g}": {"RELATIVE": first, "LOSS_WEIGHT_MOVING": weight} for first, weight in PAIRS
 }
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
 IF_NAMED = (*ABLATION, *PER_GROUP)

@@ -25,15 +25,15 @@ as long as bets win, the scale makes up for an lr that falls. And until a scale 
 effective lr above the largest before it: what is more is taken from the scale. A warm-up may, but not by more than
 `FASTEST` times in a step, as an lr would that is set by hand from 1e-8 to 1.
 
-**Noise** (`bet`). While lr is at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. Once
-lr falls, losses count half: the schedule takes noise out of the weights by itself, so the scale that pays best at the
-moment is too small for the end.
+**Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. A
+schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end, so the
+scale that pays best at the moment is too small: losses count half.
 
 **Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
-where k is `FOLLOW` while lr is at its highest and `FOLLOW_FALLING` once it falls.
+where k is `FOLLOW` while lr rests at its highest and `FOLLOW_MOVING` while it moves.
 
 **Falls** (`settle`). A scale that has fallen to `LOST` of its largest was wrong, or its bets were about another
-problem. It goes on from `REGAINED` of its largest, or `REGAINED_FALLING` once lr falls, with empty vectors; that is the
+problem. It goes on from `REGAINED` of its largest, or `REGAINED_MOVING` while lr moves, with empty vectors; that is the
 new s_init. If <D, g> there gets `RUNAWAY` times as large as when it fell, the weights run away, and it falls again.
 From the first fall on, `CEILING` times the largest effective lr before it is a ceiling. A step against it raises it by
 the part 1 / (steps since then).
@@ -67,15 +67,15 @@ from mechanic_pytorch._config import TuneParams, TunerState
 from mechanic_pytorch.kernels.arguments import Scales
 
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
-LOWER = 1 - 1e-6  # of the highest lr: what is less has begun to fall, what is more is rounding
-LOSS_WEIGHT_FALLING = 0.5  # what a step that lost counts, against one that gained, once lr falls; before, 1
+LOWER = 1 - 1e-6  # of the highest lr, or of the largest scale: what is more is rounding
+LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; where it rests, 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
 LOST = 0.1  # of its largest: where a scale was wrong
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
 RUNAWAY = 10.0  # times the loss of the last time, from which on the least scale was wrong, too
-REGAINED, REGAINED_FALLING = 0.2, 0.3  # of its largest, where it then goes on
+REGAINED, REGAINED_MOVING = 0.2, 0.3  # of its largest, where it then goes on
 CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
-FOLLOW, FOLLOW_FALLING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
+FOLLOW, FOLLOW_MOVING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
 MOST_LR = 2.0**60  # the largest lr that a base is given
@@ -112,6 +112,7 @@ class Bet(NamedTuple):
     lr: float | Tensor  # the largest of this step's; a number, or shape (G,)
     memory: Memory | None = None
     length: Tensor | None = None  # of the coming step, 1 unless it is shortened, shape (G,)
+    is_moving: Tensor | None = None  # whether a schedule moves lr, shape (G,)
 
 
 class Learned(NamedTuple):
@@ -156,9 +157,9 @@ def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
     return state._replace(scales=state.scales * factor)
 
 
-def falls(memory: Memory, lr: float | Tensor) -> Tensor:
-    """Return whether lr has begun to fall, `highest` being that of now; shape (G,)."""
-    return lr < LOWER * memory.highest
+def moves(memory: Memory, lr: float | Tensor) -> Tensor:
+    """Return whether lr is higher than ever, or below its highest, `memory` being that of before; shape (G,)."""
+    return (lr > memory.highest) | (lr < LOWER * memory.highest)
 
 
 def times(factor: Tensor, state: TunerState) -> TunerState:
@@ -203,6 +204,7 @@ def bet(
     held = torch.maximum(g, MOMENTUM * memory.momentum)
     shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
+    is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
     memory = memory._replace(
         highest=highest, longest=longest, gradient=gradient, momentum=held, peak=change * memory.peak
@@ -211,9 +213,9 @@ def bet(
     sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor / highest, 0.0)
-    loss_weight = torch.where(falls(memory, lr), LOSS_WEIGHT_FALLING, 1.0).to(decay)
+    loss_weight = torch.where(is_moving, LOSS_WEIGHT_MOVING, 1.0).to(decay)
     params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
-    return Bet(state, sums, params, dots, lr, memory, shortened)
+    return Bet(state, sums, params, dots, lr, memory, shortened, is_moving)
 
 
 def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
@@ -245,8 +247,9 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     runs_away = is_least & (memory.loss > 0) & (loss > RUNAWAY * memory.loss)
     is_lost = (scale < LOST * memory.peak) | runs_away
     is_found = was_found | (scale < FOUND * memory.peak)
-    falling = falls(memory, lr).to(scale)
-    regained = memory.peak * (REGAINED + falling * (REGAINED_FALLING - REGAINED))
+    assert bet.is_moving is not None
+    moving = bet.is_moving.to(scale)
+    regained = memory.peak * (REGAINED + moving * (REGAINED_MOVING - REGAINED))
     fresh = evenly(regained, like=new)
     rows = is_lost.unsqueeze(-1)
     new = TunerState(*(torch.where(rows, a, b) for a, b in zip(fresh, new, strict=True)))
@@ -254,7 +257,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     lower = torch.where(has_ceiling, torch.minimum(ceiling, lower), lower)
 
     age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
-    power = FOLLOW + falling * (FOLLOW_FALLING - FOLLOW)
+    power = FOLLOW + moving * (FOLLOW_MOVING - FOLLOW)
     follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
     memory = memory._replace(
         floor=torch.where(is_lost, regained * memory.highest, memory.floor),
