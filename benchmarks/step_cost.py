@@ -339,9 +339,10 @@ def training_ratio(model: Callable[[], Any], s_init: float | str, device: str, r
 
 def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw the times, one panel for each shape."""
-    figure = Figure(figsize=(11, 2.6 * ((len(tables) + 1) // 2) + 0.6), layout="constrained")
-    axes = list(figure.subplots((len(tables) + 1) // 2, 2, squeeze=False).flat)
-    for (title, rows), axis in zip(tables.items(), axes, strict=False):
+    figure = Figure(figsize=(8, 0.25 * sum(map(len, tables.values())) + 0.9 * len(tables)), layout="constrained")
+    heights = [len(rows) for rows in tables.values()]
+    axes = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
+    for (title, rows), axis in zip(tables.items(), axes, strict=True):
         names = [row["method"] for row in rows][::-1]
         times = [row.get("time", 0.0) for row in rows][::-1]
         axis.barh(
@@ -350,15 +351,13 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
             color=["C0" if ("mechanized" in n and "0.0.1" not in n) or "auto" in n else "0.7" for n in names],
         )
         labels = [f"{row['time']:.1f}" if "time" in row else "fails" for row in rows][::-1]
-        axis.bar_label(axis.containers[0], labels, padding=2, fontsize=7)
+        axis.bar_label(axis.containers[0], labels, padding=3, fontsize=10)
         axis.axvline(1, color="0.3", linewidth=0.8)
-        axis.set_title(title, fontsize=8, loc="right")
-        axis.tick_params(labelsize=7)
-        axis.margins(x=0.12)
-        axis.set_xlabel("time of a step / plain base", fontsize=8)
-    for axis in axes[len(tables) :]:
-        axis.remove()
-    figure.savefig(path, dpi=100)
+        axis.set_title(title, fontsize=11, loc="right", fontweight="bold")
+        axis.tick_params(labelsize=10)
+        axis.margins(x=0.1, y=0.02)
+        axis.set_xlabel("time of a step / plain base", fontsize=10)
+    figure.savefig(path, dpi=130)
 
 
 def large(figures: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from benchmarks.convergence.methods import NAMES, TEACHER, finite
 from benchmarks.convergence.plan import FLOOR
 
 COLORS = {"ours": "C0", TEACHER: "C1", "0.0.1": "C2"}
+COLUMNS = 3  # more would be too small to read on a page
 NEAREST, FARTHEST = 0.7, 6.0  # of relative losses; what is beyond becomes a triangle at the edge
 
 
@@ -28,7 +29,7 @@ def loss_by_lr(tables: list[TaskResults]) -> Figure:
         for method, color in COLORS.items():
             loss, peak = table.loss(method), table.rate(method)
             if loss is not None and math.isfinite(loss):
-                axis.axhline(_shown(loss), color=color, label=method, linewidth=1.2)
+                axis.axhline(_shown(loss), color=color, label=_name(method), linewidth=1.2)
                 if peak:
                     axis.plot([peak], [_shown(loss)], "D", color=color, markersize=5)
         axis.set(xscale="log", yscale="log")
@@ -83,7 +84,7 @@ def learned_lr(tables: list[TaskResults]) -> Figure:
             for i, line in enumerate(table.lines.get(method, {}).values()):
                 points = [(step, lr) for step, lr in line["lr over time"] if lr is not None and lr > 0]
                 axis.plot(*zip(*points, strict=True) if points else ((), ()), color=COLORS[method], linewidth=1.2,
-                          label=method if i == 0 else None)  # fmt: skip
+                          label=_name(method) if i == 0 else None)  # fmt: skip
                 steps = line["steps"]
                 if table.tuned_lr and method == TEACHER and i == 0:
                     moments = [round(j * (steps - 1) / 200) for j in range(201)]
@@ -91,32 +92,37 @@ def learned_lr(tables: list[TaskResults]) -> Figure:
                     axis.plot(moments, tuned, "--", color="0.3", linewidth=1, label="tuned")
                     axis.set_ylim(1e-4 * table.tuned_lr, 100 * table.tuned_lr)
         axis.set(yscale="log")
+        axis.locator_params(axis="x", nbins=4)
     return _finish(figure, axes, "step", "effective learning rate")
 
 
 def _panels(tables: list[TaskResults]) -> tuple[Figure, list[Any]]:
-    columns = min(5, math.ceil(math.sqrt(len(tables))))
+    columns = min(COLUMNS, math.ceil(math.sqrt(len(tables))))
     rows = math.ceil(len(tables) / columns)
     figure = Figure(figsize=(3.1 * columns + 0.6, 2.5 * rows + 0.6), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(tables) :]:
         axis.remove()
     for table, axis in zip(tables, axes, strict=False):
-        axis.set_title(f"{table.task.name} ({table.task.base})", fontsize=9)
-        axis.tick_params(which="both", labelsize=7)
+        axis.set_title(f"{table.task.name} ({table.task.base})", fontsize=11)
+        axis.tick_params(which="both", labelsize=9)
     return figure, axes[: len(tables)]
 
 
 def _finish(figure: Figure, axes: list[Any], x: str, y: str) -> Figure:
-    figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
+    figure.supxlabel(x, fontsize=11)
+    figure.supylabel(y, fontsize=11)
     labels: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     if labels:
-        figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=len(labels), fontsize=8)
+        figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=len(labels), fontsize=10)
     return figure
+
+
+def _name(method: str) -> str:
+    return NAMES.get(method, method).replace("`", "")
 
 
 def _shown(loss: float) -> float:
