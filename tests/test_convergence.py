@@ -282,7 +282,8 @@ def test_the_ablation_changes_the_constants_of_its_own_job_alone(task, tmp_path)
         line = methods.execute(methods.Job(task, method, 0, "quick"), None, tmp_path, 1)
         assert losses.setdefault(method, line["loss"]) == line["loss"], method
     assert losses[f"ablation@{_auto.RELATIVE:g},{_auto.LOSS_WEIGHT_MOVING:g}"] == losses["ours-auto"]
-    assert len(set(losses.values())) == 3  # first steps; in so short a run nothing has been lost yet
+    first_steps = [losses[f"ablation@{first:g},0.5"] for first in (1e-4, 1e-3, 1e-2)]
+    assert len(set(first_steps)) == 3  # in so short a run losses, and so their weight, hardly matter yet
 
 
 def test_schedules_rise_and_fall_as_they_should():
