@@ -20,8 +20,6 @@ import json, random, sys
 import numpy, torch
 
 print(json.dumps([random.random(), numpy.random.rand(), torch.rand(()).item(), hash("a")]))
-if "at once" in sys.argv:
-    sys.exit(3)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 if type(optimizer).__name__ in sys.argv:
