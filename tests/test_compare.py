@@ -145,6 +145,7 @@ def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(comparing, "_train_all", train_all)
     assert comparing.compare(cli.Comparison(["x.py"], [], [0], tmp_path)) == 130
+    assert not (tmp_path / "compare.png").exists(), "there is nothing to draw"
     (run,) = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
     assert (run["kind"], run["seconds"], run["optimizers"]) == ("plain", 7.2, [])
     assert [cells(line) for line in capsys.readouterr().out.splitlines() if "as it is" in line] == [

@@ -131,7 +131,7 @@ class Learned(NamedTuple):
 
     def unchanged_where(self, rows: Tensor, old: TunerState) -> Learned:
         """Return the old vectors in these rows, shape () or (G,), and an x_ref that rests."""
-        state = TunerState(*(torch.where(rows.unsqueeze(-1), a, b) for a, b in zip(old, self.state, strict=True)))
+        state = either(rows, old, self.state)
         follow = None if self.follow is None else torch.where(rows, 0.0, self.follow)
         return self._replace(state=state, follow=follow)
 
@@ -160,6 +160,12 @@ def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
 def moves(memory: Memory, lr: float | Tensor) -> Tensor:
     """Return whether lr is higher than ever, or below its highest, `memory` being that of before; shape (G,)."""
     return (lr > memory.highest) | (lr < LOWER * memory.highest)
+
+
+def either(rows: Tensor, state: TunerState, other: TunerState) -> TunerState:
+    """Return the vectors of `state` in these rows, shape () or (G,), and those of `other` elsewhere."""
+    condition = rows.unsqueeze(-1)
+    return TunerState(*(torch.where(condition, a, b) for a, b in zip(state, other, strict=True)))
 
 
 def times(factor: Tensor, state: TunerState) -> TunerState:
@@ -251,8 +257,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     moving = bet.is_moving.to(scale)
     regained = memory.peak * (REGAINED + moving * (REGAINED_MOVING - REGAINED))
     fresh = evenly(regained, like=new)
-    rows = is_lost.unsqueeze(-1)
-    new = TunerState(*(torch.where(rows, a, b) for a, b in zip(fresh, new, strict=True)))
+    new = either(is_lost, fresh, new)
     lower = CEILING * loudest
     lower = torch.where(has_ceiling, torch.minimum(ceiling, lower), lower)
 
@@ -313,7 +318,7 @@ def first_scale(
     first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, floor, none, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
-    state = TunerState(*(torch.where(begins.unsqueeze(-1), a, b) for a, b in zip(fresh, state, strict=True)))
+    state = either(begins, fresh, state)
     again = again & begins
     return Learned(state, memory, torch.where(again, 1.0, length), torch.where(again, 1.0, follow), again)
 

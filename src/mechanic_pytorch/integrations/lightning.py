@@ -42,7 +42,7 @@ class MechanicMonitor(Callback):
                 "configure_optimizers, return mechanize(torch.optim.AdamW)(self.parameters(), lr=1.0)."
             )
         bar = trainer.progress_bar_callback
-        if bar is not None:
+        if bar is not None and "get_metrics" not in vars(bar):  # a second fit finds it there
             get = bar.get_metrics
             bar.get_metrics = lambda *who: {
                 name: f"{value:.2e}" if name.endswith("effective_lr") and isinstance(value, float) else value

@@ -40,6 +40,10 @@ class Comparison:
     seeds: Sequence[int]
     directory: Path
 
+    def directory_of(self, kind: str, seed: int) -> Path:
+        """Return where report and output of one run go."""
+        return self.directory / kind / str(seed)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -112,19 +116,18 @@ def _facts(job: Comparison) -> dict[str, Any]:
 
 def _train_all(job: Comparison) -> Iterator[Trained]:
     for seed in job.seeds:
-        mechanized = job.directory / "mechanized" / str(seed)
         yield _train(job, "plain", seed, ["--plain"])
         last = _train(job, "mechanized", seed, job.options)
         yield last
         if last.end == OK:
-            yield _train(job, "learned", seed, ["--plain-from", str(mechanized / "report.json")])
+            yield _train(job, "learned", seed, ["--plain-from", str(last.directory / "report.json")])
         else:
-            yield Trained("learned", seed, job.directory / "learned" / str(seed), NOT_RUN, {})
+            yield Trained("learned", seed, job.directory_of("learned", seed), NOT_RUN, {})
 
 
 def _train(job: Comparison, kind: str, seed: int, options: Sequence[str]) -> Trained:
     """Run the script in a process of its own."""
-    directory = job.directory / kind / str(seed)
+    directory = job.directory_of(kind, seed)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.json"
     path.unlink(missing_ok=True)  # of an earlier comparison
