@@ -24,7 +24,7 @@ ALLOWED = {
     "_watch": {"_buckets", "_config", "_torch", "_tuner", "distributed"},
     "distributed": set(),
     "integrations": {"mechanic", "telemetry"},
-    "kernels": set(),
+    "kernels": {"_torch"},
     "mechanic": {
         *("_base_step", "_buckets", "_checkpoint", "_classes", "_config", "_fused", "_torch", "_tuner", "_watch"),
         "distributed",

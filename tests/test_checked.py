@@ -163,6 +163,17 @@ def test_each_variant_is_checked_once_and_then_nothing_is_read():
     assert calls == 2 * ["measure", "move", "move"]
 
 
+def test_a_graph_that_is_captured_holds_no_comparison(monkeypatch):
+    """A kernel that was compared before is used there, another one is not."""
+    _, params, grads, kept, _ = problem(torch.float32)
+    known, unknown = Checked("quick", lambda: for_loop, foreach), Checked("quick", lambda: pytest.fail("used"), foreach)
+    known.measure(params, grads, kept)
+    monkeypatch.setattr("mechanic_pytorch.kernels.checked.is_capturing", lambda: True)
+    assert torch.equal(known.measure(params, grads, kept), for_loop.measure(params, grads, kept))
+    assert torch.equal(unknown.measure(params, grads, kept), foreach.measure(params, grads, kept))
+    assert not unknown.failures
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_check_agrees_on_awkward_tensors_and_changes_none(dtype):
     """Also where most numbers are 0, infinite or very large."""

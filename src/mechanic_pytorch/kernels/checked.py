@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechanic_pytorch._torch import is_capturing
 from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.rule import Rule
 
@@ -123,7 +124,7 @@ class Checked:
         key = (device, dtypes, *variant)
         if key in self._agreed:
             return self._load()
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return self._safe  # a graph can hold no comparison; who captures one steps a few times before
         try:
             results = [call(kernel, *map(_beginnings, lists)) for kernel in (self._load(), self._safe)]

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mechanic_pytorch._torch import is_capturing
 from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.blocks import _aligned, _is_contiguous
 from mechanic_pytorch.kernels.rule import Rule
@@ -200,7 +201,7 @@ def _works(lists: Sequence[Tensors], changed: Sequence[int]) -> Iterator[tuple[t
 
 def _cached(make: Any, content: tuple[Any, ...], device: torch.device) -> Any:
     """Make something on the device, or take what was made of the same content before."""
-    if _is_capturing(device):  # what is made then is there only when the graph runs
+    if is_capturing():  # what is made then is there only when the graph runs
         return make.__wrapped__(content, device)
     # Things stay on one stream, which puts their making, use and end in order.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
@@ -225,17 +226,13 @@ def _constants(numbers: tuple[float, ...], device: torch.device, *_: object) -> 
 
 def _on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a tensor on the device, without waiting for it."""
-    if _is_capturing(device):
+    if is_capturing():
         # A graph would copy from the host again whenever it runs, and torch may not even pin memory for that now.
         # Arguments of a kernel are part of the graph.
         tensor = torch.zeros(len(numbers), dtype=dtype, device=device)
         torch._foreach_add_(tensor.unbind(), list(numbers))
         return tensor
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _launch(kernel: Any, work: Work, *args: Tensor | None, **constants: Any) -> None:
