@@ -291,6 +291,10 @@ class Mechanic(Optimizer):
     @property
     def mechanic_tuner(self) -> Tuner:
         """The tuner's numbers, as the parameter groups hold them now."""
+        return self._give_rows()
+
+    def _give_rows(self) -> Tuner:
+        """Give every parameter group the row of the tuner that it is to hold, and return the tuner."""
         return self._mechanic_tuner.at(self.param_groups, is_new=not self.state)
 
     @property
@@ -402,11 +406,11 @@ class Mechanic(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        _ = self.mechanic_tuner  # gives the group its row
+        self._give_rows()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as `torch.optim.Optimizer.state_dict` does."""
-        _ = self.mechanic_tuner  # gives rows to groups that have changed since the last step
+        self._give_rows()  # groups may have changed since the last step
         return super().state_dict()
 
     def load_state_dict(
@@ -439,7 +443,7 @@ class Mechanic(Optimizer):
         with checked(self, self.mechanic_config, state_dict, tuner) as fitting:
             super().load_state_dict(fitting, *args, **kwargs)
         vars(self).pop("_mechanic_tuner", None)  # it has seen other groups
-        _ = self.mechanic_tuner
+        self._give_rows()
         self._mechanic_watch.forget_step()
 
     def __repr__(self) -> str:
