@@ -1,6 +1,7 @@
 """The shape of the house: what imports what, how long the one file is, that every public name is documented."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ ALLOWED = {
         "distributed",
     },
     "optim": {"_classes", "mechanic"},
-    "scripts": {"_config", "_torch", "_tuner", "_watch", "mechanic", "telemetry"},
+    "scripts": {"_classes", "_config", "_torch", "_tuner", "_watch", "mechanic", "telemetry"},
     "telemetry": {"_config", "_torch", "_tuner", "kernels", "mechanic"},
 }
 # What the extras bring, and where alone it is imported; nothing but the command or the user imports these files.
@@ -127,6 +128,28 @@ def test_an_optimizer_is_an_object_with_a_type():
         and node.annotation.id == "Any"
     ]
     assert len(annotated) < 3, annotated
+
+
+def test_nobody_reaches_into_what_is_private_to_another_file():
+    theirs = {"_asdict", "_fields", "_replace", "_getframe", "_logger_connector", "_values"}  # NamedTuple, sys, others
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        own = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and not ast.unparse(node).startswith("torch."):
+                is_private = node.attr.startswith("_") and not node.attr.endswith("__")
+                assert not is_private or node.attr in own | theirs, f"{path.name}:{node.lineno}: {node.attr}"
+        for name in imports(path):
+            last = name.split(".")[-1]
+            is_private = name.startswith("mechanic_pytorch.") and last.startswith("_")
+            assert not is_private or last in ALLOWED, f"{path.name} imports {name}"
+
+
+def test_type_checkers_are_silenced_only_about_torchs_own_functions():
+    for path in PACKAGE.rglob("*.py"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert "type: ignore" not in line or re.search(r"\b(torch\.|_(un)?flatten_dense)", line), f"{path}:{number}"
 
 
 def test_integrations_are_short():

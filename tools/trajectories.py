@@ -1,4 +1,4 @@
-"""Print a digest of what some thirty short runs do to weights and state: a redesign must not change one of them.
+"""Print a digest of what sixty short runs do to weights and state: a redesign must not change one of them.
 
     python tools/trajectories.py > before.txt
     # change the code

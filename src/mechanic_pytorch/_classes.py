@@ -64,8 +64,9 @@ def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type
         "__init__": _init(mixin, base, config),
         "_mechanic_made_from": (mixin, base, config),
     }
-    metaclass = _metaclass(type(base))  # type: ignore[arg-type]  # mypy: a metaclass is not Hashable
-    return metaclass(name, (mixin, base), body)  # type: ignore[no-any-return]
+    metaclass_of_base: type = type(base)
+    made: type[Optimizer] = _metaclass(metaclass_of_base)(name, (mixin, base), body)
+    return made
 
 
 # By which name each option is passed to a mechanized class: its own are the base's (Adam has betas and an eps).
@@ -138,6 +139,14 @@ def _signature(base: type[Optimizer], config: Config) -> inspect.Signature | Non
     parameters = list(signature.parameters.values())
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
     return signature.replace(parameters=[*(p for p in parameters if p not in rest), *options, *rest])
+
+
+def with_layout(cls: type[Optimizer], layout: type) -> type[Optimizer]:
+    """Return a class that begins with `layout`, and is `cls` to whoever asks for its name or pickles it."""
+    keys = "__doc__", "__module__", "__qualname__", "_mechanic_made_from"
+    metaclass: type = type(cls)
+    made: type[Optimizer] = metaclass(cls.__name__, (layout, cls), {key: getattr(cls, key) for key in keys})
+    return made
 
 
 def class_named(qualname: str) -> type[Optimizer] | None:

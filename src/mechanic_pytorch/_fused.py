@@ -18,6 +18,7 @@ from mechanic_pytorch._base_step import BaseStep, Skipper
 from mechanic_pytorch._buckets import Work
 from mechanic_pytorch._torch import is_capturing, unwrapped
 from mechanic_pytorch.distributed import local
+from mechanic_pytorch.kernels import SteppingKernel, makes_steps
 from mechanic_pytorch.kernels.arguments import Scales
 from mechanic_pytorch.kernels.rule import Rule
 
@@ -27,11 +28,11 @@ class OnePass:
 
     Args:
         work: the buckets.
-        rules: for each of them, the base's.
+        rules: for each of them, the kernel that makes the base's step, and the base's rule.
         grad_scale: by which the gradients are still multiplied, or None.
     """
 
-    def __init__(self, work: Work, rules: Sequence[Rule], grad_scale: Tensor | None) -> None:
+    def __init__(self, work: Work, rules: Sequence[tuple[SteppingKernel, Rule]], grad_scale: Tensor | None) -> None:
         self._work, self._rules, self._grad_scale = work, rules, grad_scale
 
     def step(self, skip: Tensor, skipper: Skipper) -> None:
@@ -44,13 +45,13 @@ class OnePass:
             scales: of shape (G,).
             skip: whether to change nothing, shape ().
         """
-        for bucket, rule in zip(self._work.buckets, self._rules, strict=True):
+        for bucket, (kernel, rule) in zip(self._work.buckets, self._rules, strict=True):
             device = bucket.locals[0].device
             found_inf = skip.to(device, torch.float32)
             grad_scale = None if self._grad_scale is None else self._grad_scale.to(device).reshape(())
             if rule.steps:
                 torch._foreach_add_(rule.steps, [1 - found_inf] * len(rule.steps))
-            bucket.kernel.step_and_move(  # type: ignore[attr-defined]  # of a kernel that can
+            kernel.step_and_move(
                 rule._replace(options={**rule.options, "grad_scale": grad_scale, "found_inf": found_inf}),
                 bucket.locals,
                 bucket.grads,
@@ -66,8 +67,8 @@ def one_pass(optimizer: Optimizer, base: BaseStep, work: Work) -> OnePass | None
     return None if rules is None else OnePass(work, rules, base.grad_scale)
 
 
-def _rules_of(optimizer: Optimizer, base: BaseStep, work: Work) -> list[Rule] | None:
-    """Return the rule by which each bucket's kernel can make the base's step, or None if the base has to.
+def _rules_of(optimizer: Optimizer, base: BaseStep, work: Work) -> list[tuple[SteppingKernel, Rule]] | None:
+    """Return for each bucket the kernel that can make the base's step, and its rule; None if the base has to.
 
     A rule holds the lr that the base would find.
 
@@ -86,12 +87,14 @@ def _rules_of(optimizer: Optimizer, base: BaseStep, work: Work) -> list[Rule] | 
         made = [make(kind, bucket.group, [optimizer.state[p] for p in bucket.params]) for bucket in work.buckets]
     rules = []
     for bucket, rule in zip(work.buckets, made, strict=True):
-        can_step = getattr(bucket.kernel, "can_step", None)
-        if rule is None or not (can_step and can_step(bucket.locals, bucket.grads, bucket.stored, *rule.states)):
+        kernel = bucket.kernel
+        if rule is None or not makes_steps(kernel):
+            return None
+        if not kernel.can_step(bucket.locals, bucket.grads, bucket.stored, *rule.states):
             return None
         if {t.dtype for tensors in (bucket.grads, *rule.states) for t in tensors} != {bucket.locals[0].dtype}:
             return None
-        rules.append(rule)
+        rules.append((kernel, rule))
     return rules
 
 

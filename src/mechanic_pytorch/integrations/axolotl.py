@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
-    from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
-except ImportError:  # then nobody asks for the plugin but its documentation
+if TYPE_CHECKING:
     BasePlugin = object
+else:
+    try:
+        from axolotl.integrations.base import BasePlugin
+    except ImportError:  # then nobody asks for the plugin but its documentation
+        BasePlugin = object
 
 from mechanic_pytorch.mechanic import mechanize
 
 
-class MechanicPlugin(BasePlugin):  # type: ignore[misc]  # a class of axolotl's, or `object`
+class MechanicPlugin(BasePlugin):
     """Mechanize the optimizer that the configuration names, and log `effective_lr`.
 
     The trainer builds it as it always does: with its own parameter groups, arguments and schedule. Options of

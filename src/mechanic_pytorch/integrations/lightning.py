@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from lightning.pytorch import Callback
-except ImportError:
-    try:
-        from pytorch_lightning import Callback  # type: ignore[assignment]  # the same, by its other name
-    except ImportError as error:
-        raise ImportError(
-            "mechanic_pytorch.integrations.lightning needs Lightning. Got neither lightning nor pytorch_lightning. "
-            "Remedy: pip install 'mechanic-pytorch[lightning]'."
-        ) from error
+except ImportError as error:
+    if not TYPE_CHECKING:
+        try:
+            from pytorch_lightning import Callback  # the same, by its other name
+        except ImportError:
+            raise ImportError(
+                "mechanic_pytorch.integrations.lightning needs Lightning. Got neither lightning nor pytorch_lightning. "
+                "Remedy: pip install 'mechanic-pytorch[lightning]'."
+            ) from error
 
 from mechanic_pytorch.telemetry import read_out, unwrap
 
@@ -41,8 +42,7 @@ class MechanicMonitor(Callback):
                 f"MechanicMonitor: an optimizer must be mechanized. Got {names or 'none'}. Remedy: in "
                 "configure_optimizers, return mechanize(torch.optim.AdamW)(self.parameters(), lr=1.0)."
             )
-        bar = trainer.progress_bar_callback
-        if bar is not None and "get_metrics" not in vars(bar):  # a second fit finds it there
+        if (bar := trainer.progress_bar_callback) is not None and "get_metrics" not in vars(bar):  # not at a second fit
             get = bar.get_metrics
             bar.get_metrics = lambda *who: {
                 name: f"{value:.2e}" if name.endswith("effective_lr") and isinstance(value, float) else value

@@ -41,7 +41,7 @@ can for these tensors. The result is that of the base's step and then `move`, bu
 import functools
 import importlib.util
 import os
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -49,8 +49,9 @@ from torch import Tensor
 from mechanic_pytorch.kernels import blocks, for_loop, foreach
 from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.checked import Checked
+from mechanic_pytorch.kernels.rule import Rule
 
-__all__ = ["KERNELS", "Kernel", "in_use", "missing_for_triton", "select"]
+__all__ = ["KERNELS", "Kernel", "SteppingKernel", "in_use", "makes_steps", "missing_for_triton", "select"]
 
 
 class Kernel(Protocol):
@@ -78,6 +79,31 @@ class Kernel(Protocol):
     ) -> None:
         """Rescale the base's step, in place."""
         ...
+
+
+class SteppingKernel(Kernel, Protocol):
+    """What those offer that make the step of a base, too."""
+
+    def can_step(self, params: Tensors, /, *others: Tensors) -> bool:
+        """Return True if `step_and_move` can be called for these tensors."""
+        ...
+
+    def step_and_move(
+        self,
+        rule: Rule,
+        params: Tensors,
+        grads: Tensors,
+        kept: Tensors,
+        compensations: Tensors | None,
+        scales: Scales,
+    ) -> None:
+        """Make the base's step and rescale it, in place."""
+        ...
+
+
+def makes_steps(kernel: Kernel) -> TypeGuard[SteppingKernel]:
+    """Return True if a kernel has the two functions of a `SteppingKernel`."""
+    return hasattr(kernel, "step_and_move")
 
 
 # And "triton", which is imported when it is first used.

@@ -34,7 +34,7 @@ def measure(
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
     dtype = kept[0].dtype
-    converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see _is_contiguous
+    converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see are_contiguous
     sums = []
     more = [lists for lists in (copies, compensations if plain else None) if lists is not None]
     for _, xs, gs, ks, *others in _blocks(params, grads, kept, *more, small=SMALL):
@@ -104,9 +104,9 @@ def step_and_move(
 
 def can_step(params: Tensors, *others: Tensors) -> bool:
     """Return True if all tensors of each parameter lie in memory in the same order, as `step_and_move` needs them."""
-    if _is_contiguous(params, *others):
+    if are_contiguous(params, *others):
         return True
-    return all(_aligned(tensors) is not None for tensors in zip(params, *others, strict=True))
+    return all(contiguous_views(tensors) is not None for tensors in zip(params, *others, strict=True))
 
 
 def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tensor, ...], lr: Tensor) -> None:
@@ -166,12 +166,12 @@ def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:
     """Yield indices into the lists and, for each list, the corresponding part of its tensors; packs of `small` ones."""
     pack: list[tuple[Any, ...]] = []
     size = 0
-    is_plain = _is_contiguous(*lists)
+    is_plain = are_contiguous(*lists)
     for i, tensors in enumerate(zip(*lists, strict=True)):
         n = tensors[0].numel()
-        aligned = tensors if is_plain else _aligned(tensors)
-        if n >= small and aligned is not None:
-            lines = [t.view(-1) for t in aligned]
+        views = tensors if is_plain else contiguous_views(tensors)
+        if n >= small and views is not None:
+            lines = [t.view(-1) for t in views]
             if n > BLOCK:
                 length = -(-n // -(-n // BLOCK) // ALIGN) * ALIGN
                 cuts = tuple(range(length, n, length))
@@ -180,7 +180,7 @@ def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:
             else:
                 yield (i,), *lines
         elif n > 0:
-            pack.append((i, *(aligned or tensors)))
+            pack.append((i, *(views or tensors)))
             size += n
             if size >= PACK:
                 yield tuple(zip(*pack, strict=True))
@@ -189,13 +189,14 @@ def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:
         yield tuple(zip(*pack, strict=True))
 
 
-def _is_contiguous(*lists: Tensors) -> bool:
+def are_contiguous(*lists: Tensors) -> bool:
+    """Return True if all tensors of all lists are contiguous."""
     return all([t.is_contiguous() for tensors in lists for t in tensors])  # noqa: C419  # faster than a generator
 
 
-def _aligned(tensors: Tensors) -> Tensors | None:
+def contiguous_views(tensors: Tensors) -> Tensors | None:
     """Return contiguous views of tensors that lie in memory in the same order, without gaps; else None."""
-    if _is_contiguous(tensors):
+    if are_contiguous(tensors):
         return tensors
     order = sorted(range(tensors[0].ndim), key=tensors[0].stride, reverse=True)
     tensors = [t.permute(order) for t in tensors]

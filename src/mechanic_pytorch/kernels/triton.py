@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mechanic_pytorch._torch import is_capturing
 from mechanic_pytorch.kernels.arguments import Scales, Tensors
-from mechanic_pytorch.kernels.blocks import _aligned, _is_contiguous
+from mechanic_pytorch.kernels.blocks import are_contiguous, contiguous_views
 from mechanic_pytorch.kernels.rule import Rule
 
 # Numbers that a program treats at once, a power of two: of 128 threads each has 8, two loads of 16 bytes in float32.
@@ -109,12 +109,12 @@ def can_step(params: Tensors, *others: Tensors) -> bool:
     lists = [params, grads, *states]
     if not {t.dtype for tensors in (params, kept) for t in tensors} <= DTYPES.keys():
         return False
-    if any([t.is_neg() for tensors in lists for t in tensors]):  # noqa: C419  # see _is_contiguous
+    if any([t.is_neg() for tensors in lists for t in tensors]):  # noqa: C419  # see are_contiguous
         return False
     for x, *rest in zip(*lists, strict=True):
         if any([t.dtype != x.dtype for t in rest]):  # noqa: C419
             return False
-    return _is_contiguous(*lists, kept) or all(_aligned(t) is not None for t in zip(*lists, kept, strict=True))
+    return are_contiguous(*lists, kept) or all(contiguous_views(t) is not None for t in zip(*lists, kept, strict=True))
 
 
 def _move(
@@ -176,10 +176,10 @@ def _works(lists: Sequence[Tensors], changed: Sequence[int]) -> Iterator[tuple[t
         changed: which of the lists the kernel writes to.
     """
     device, copied = lists[0][0].device, []
-    if not _is_contiguous(*lists):
+    if not are_contiguous(*lists):
         rows = []
         for tensors in zip(*lists, strict=True):
-            lines = _aligned(tensors)
+            lines = contiguous_views(tensors)
             if lines is None:
                 lines = [t.contiguous() for t in tensors]
                 copied.append((tensors, lines))

@@ -9,12 +9,11 @@ copy call no `__init__`: what they make is of the class that it was before.
 from __future__ import annotations
 
 import difflib
-import functools
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
 from numbers import Real
 from threading import RLock
@@ -23,18 +22,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from mechanic_pytorch._classes import with_layout
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
 from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of
 from mechanic_pytorch.mechanic import Mechanic, mechanize
 from mechanic_pytorch.scripts.place import place_of
+from mechanic_pytorch.scripts.wrapping import Function, wrapped
 
 Named = type[Optimizer] | str
 
-_Init = Callable[..., None]
-
 _active: list[Patch] = []  # the last one decides
-_installed: list[tuple[_Init, _Init]] = []  # at most one: our function, and what was there before
+_hook = ExitStack()  # holds our function in its place while there is an active patch
 _lock = RLock()
 
 
@@ -157,10 +156,11 @@ class Built:
             return  # set later by the code
         factor = self._factor = base_lr / largest
         self._see(optimizer)
-        reference, add = self._reference, type(optimizer).add_param_group
+        reference = self._reference
+        add: Callable[..., None] = type(optimizer).add_param_group
 
         def add_param_group(group: dict[str, Any]) -> None:
-            add(reference(), {**group, "lr": group["lr"] * factor} if "lr" in group else group)  # type: ignore[arg-type]
+            add(reference(), {**group, "lr": group["lr"] * factor} if "lr" in group else group)
 
         for holder in (*optimizer.param_groups, optimizer.defaults):
             if holder.get("lr") is not None:
@@ -319,38 +319,43 @@ def patching(patch: Patch) -> Iterator[list[Built]]:
     with _lock:
         _active.append(patch)
         if len(_active) == 1:
-            _installed.append(_install())
+            _hook.enter_context(_hooked())
     try:
         yield patch.built
     finally:
         with _lock:
             _active.remove(patch)
             if not _active:
-                init, original = _installed.pop()
-                if (
-                    vars(Optimizer)["__init__"] is init
-                ):  # else someone has wrapped it since: ours stays below theirs, inactive
-                    Optimizer.__init__ = original  # type: ignore[method-assign]
+                _hook.close()
 
 
-def _install() -> tuple[_Init, _Init]:
-    """Put a new function in the place of `Optimizer.__init__`; return it and what was there."""
-    original: _Init = Optimizer.__init__
+@contextmanager
+def _hooked() -> Iterator[None]:
+    """Let `Optimizer.__init__` ask the active patches.
 
-    @functools.wraps(original)
-    def init(self: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
-        with _lock:
-            patches = list(_active) if (init, original) in _installed else []
-        if patches:
-            _build(self, params, defaults, original, patches)
-        else:
-            original(self, params, defaults)
+    If someone wraps it meanwhile, our function stays below theirs, inactive.
+    """
+    is_on = True
 
-    Optimizer.__init__ = init  # type: ignore[method-assign]
-    return init, original
+    def around(original: Function) -> Function:
+        def init(self: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
+            with _lock:
+                patches = list(_active) if is_on else []
+            if patches:
+                _build(self, params, defaults, original, patches)
+            else:
+                original(self, params, defaults)
+
+        return init
+
+    with wrapped(Optimizer, "__init__", around):
+        try:
+            yield
+        finally:
+            is_on = False
 
 
-def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: _Init, patches: list[Patch]) -> None:
+def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: Function, patches: list[Patch]) -> None:
     """Call `init` on an object of the mechanized class, or of its own, and list it."""
     patch, base = patches[-1], type(self)
     reason = patch.reason_against(base)
@@ -384,19 +389,15 @@ def _change_class(self: Optimizer, mechanized: type[Optimizer]) -> None:
     try:
         self.__class__ = mechanized
     except TypeError:
-        root: type = type(self)
+        root: Any = type(self)
         while _sizes(root.__base__) == _sizes(root):
-            root = root.__base__  # type: ignore[assignment]  # object has other sizes
-        foundation: Any = root.__base__
-        layout = type(foundation)("Layout", (foundation,), {})
-        keys = "__doc__", "__module__", "__qualname__", "_mechanic_made_from"  # by the last, pickle knows the class
-        metaclass: Any = type(mechanized)
-        body = {key: getattr(mechanized, key) for key in keys}
-        self.__class__ = metaclass(mechanized.__name__, (layout, mechanized), body)
+            root = root.__base__
+        layout = type(root.__base__)("Layout", (root.__base__,), {})
+        self.__class__ = with_layout(mechanized, layout)
 
 
-def _sizes(cls: type | None) -> tuple[int, int, int]:
-    return cls.__basicsize__, cls.__dictoffset__, cls.__weakrefoffset__  # type: ignore[union-attr]
+def _sizes(cls: type) -> tuple[int, int, int]:
+    return cls.__basicsize__, cls.__dictoffset__, cls.__weakrefoffset__
 
 
 def _kept(params: Any) -> tuple[Any, Callable[[], None]]:
