@@ -253,7 +253,7 @@ class AveragedBack(Undisturbed):
 
 
 class Renewed(Undisturbed):
-    """The last layer begins anew, three times."""
+    """The last layer starts again, three times."""
 
     def change_weights(self, t: int) -> None:  # noqa: D102
         if t in (100, 200, 300):

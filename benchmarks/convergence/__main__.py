@@ -5,7 +5,7 @@
 
 `run` trains every task with every method and seed, in parallel, and appends a line to the results file as each job
 finishes. It may be interrupted at any time, even killed, and goes on where it was. `report` prints tables of whatever
-there is, draws pictures of it, and makes the marked tables of pages anew. Data: from the directory $MECHANIC_DATA, or
+there is, draws pictures of it, and renews the marked tables of pages. Data: from the directory $MECHANIC_DATA, or
 downloaded.
 """
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reporter = commands.add_parser("report", help="tables and pictures of what there is")
     reporter.add_argument("--output", type=Path, help="directory for the pictures")
     reporter.add_argument(
-        "--fill", nargs="*", type=Path, default=[], help="Markdown files whose marked tables are made anew"
+        "--fill", nargs="*", type=Path, default=[], help="Markdown files whose marked tables are renewed"
     )
     for command in (runner, reporter):
         command.add_argument("--profile", choices=PROFILES, default="quick", help="(%(default)s)")
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     methods = matching((*METHODS, *IF_NAMED), options.methods) if options.methods else METHODS
     seeds = SEEDS[profile] if options.seeds is None else options.seeds
     for task in tasks:
-        task.prepare()  # here, lest all workers download at once
+        task.prepare()  # here, so that not all workers download at once
     failed: dict[tuple[Any, ...], str] = {}
     bar = Progress(
         TextColumn("{task.description}"),
@@ -139,7 +139,7 @@ def in_parallel(pairs: list[tuple[Job, float | None]], options: argparse.Namespa
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print the report; draw pictures, and make tables of pages anew, if asked to; return the exit status."""
+    """Print the report; draw pictures, and renew tables of pages, if asked to; return the exit status."""
     lines = Results(options.results).lines()
     print(tables.report(lines, options.profile))
     if options.output and (found := tables.compose(lines, options.profile)):

@@ -1,6 +1,6 @@
 """Real data, by name: from `$MECHANIC_DATA` if it is there, else downloaded once, and checked in either case.
 
-A file is known by the SHA-256 of its content, unzipped if it ends in `.gz`: mirrors compress the same images anew.
+A file is known by the SHA-256 of its content, unzipped if it ends in `.gz`: mirrors compress the same images again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ URLS = {  # beginnings of paths
     "fashion-mnist/": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "libsvm/german.numer_scale": f"{LIBSVM}/binary/german.numer_scale",
     "libsvm/mushrooms": f"{LIBSVM}/binary/mushrooms",
-    "libsvm/sensorless2200.scale": None,  # rows that somebody has drawn from Sensorless
+    "libsvm/sensorless2200.scale": None,  # rows that someone has drawn from Sensorless
     "libsvm/": f"{LIBSVM}/multiclass/",
     "mnist/": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "names/": "https://raw.githubusercontent.com/karpathy/makemore/master/",
@@ -90,7 +90,7 @@ def address(path: str) -> str | None:
 
 
 def is_available(path: str) -> bool:
-    """Tell whether a file is at hand or public."""
+    """Return True if a file is at hand or public."""
     return at_hand(path) is not None or address(path) is not None
 
 

@@ -168,7 +168,7 @@ def grouped(task: Task, model: nn.Module, lr: float | None, grouping: str = "") 
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Tell whether a model has batch norm."""
+    """Return True if a model has batch norm."""
     return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
@@ -208,7 +208,7 @@ def train(job: Job, lr: float | None, peers: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     switch(optimizer, "eval")
     if not scheduled and has_batch_norm(run.model):
-        with torch.no_grad():  # its weights are others now, so the running statistics are taken anew
+        with torch.no_grad():  # its weights are others now, so the running statistics are taken again
             for batch in run.batches[:50]:
                 run.loss(batch)
     result |= {"loss": run.final_loss(), "metric": run.metric(), "metric name": job.task.metric}

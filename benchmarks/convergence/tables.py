@@ -75,7 +75,7 @@ def notes(lines: Sequence[dict[str, Any]], profile: str) -> list[str]:
 
 
 def fill(text: str, lines: Sequence[dict[str, Any]], profile: str) -> str:
-    """Return a Markdown text with its marked tables made anew.
+    """Return a Markdown text with its marked tables renewed.
 
     Raises:
         ValueError: a mark names no table.

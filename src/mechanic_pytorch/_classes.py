@@ -121,7 +121,7 @@ def _takes(base: type[Optimizer], key: str) -> bool:
 def _signature_of(base: type[Optimizer]) -> inspect.Signature | None:
     try:
         return inspect.signature(base.__init__)
-    except (TypeError, ValueError):  # compiled, or spoiled by somebody's decorator
+    except (TypeError, ValueError):  # compiled, or spoiled by someone's decorator
         return None
 
 

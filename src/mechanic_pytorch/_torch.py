@@ -58,7 +58,7 @@ def requires_closure(step: Callable[..., Any]) -> bool:
 
 
 def is_capturing() -> bool:
-    """Return True while a CUDA graph records the step. No compiler can look into the question, nor has to."""
+    """Return True while a CUDA graph records the step. `torch.compile` cannot trace the question, and need not."""
     if torch.compiler.is_compiling():
         return False
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

@@ -106,7 +106,7 @@ class Watch:
     def _check_company(self, p: Tensor) -> None:
         """Warn, of one tensor's optimizer, if others of one tensor begin together with it: those of one model.
 
-        Tensors of one shape are none: there somebody compares runs.
+        Tensors that all have one shape do not count: someone is comparing runs.
         """
         begin = [(other, shape) for other, shape in _lone if (watch := other()) is not None and watch._steps <= 1]
         _lone[:] = [*begin, (weakref.ref(self), p.shape)]
@@ -143,7 +143,7 @@ class Watch:
     # --- After a step ------------------------------------------------------------------------------------------------
 
     def after_step(self, tuner: Tuner, work: Work, skip: Tensor, *, can_sync: bool) -> None:
-        """Look at what a step has done; `skip` says on the device whether it was skipped."""
+        """Check what a step has done, and log; `skip` is on the device: whether it was skipped."""
         self._skips_in_a_row = 0
         if can_sync and not self._has_moved and not skip.item():
             self._check_move(work, tuner.groups)
@@ -152,13 +152,13 @@ class Watch:
         self._log(tuner)
 
     def after_frozen_step(self, tuner: Tuner, work: Work) -> None:
-        """Look at what a step has done at a frozen scale."""
+        """Check what a step at a frozen scale has done, and log."""
         self._skips_in_a_row = 0
         self._check_shapes(work)
         self._log(tuner)
 
     def after_skip(self, tuner: Tuner, optimizer: torch.optim.Optimizer, *, can_sync: bool) -> None:
-        """Look at a step that was not made, and warn if none has been for long."""
+        """Log a step that was skipped, and warn if many have been in a row."""
         if not tuner.is_frozen:
             self.check_scale(tuner, can_sync=can_sync)
         self._log(tuner)
@@ -178,7 +178,7 @@ class Watch:
             log(data)
 
     def _check_shapes(self, work: Work) -> None:
-        """Say, once, that a parameter was exchanged for one of another shape: points were added, or pruned."""
+        """Warn, once, that a parameter was replaced by one of another shape: points were added, or pruned."""
         if self._new_shape_was_said or not any(bucket.has_new_shapes for bucket in work.buckets):
             return
         self._new_shape_was_said = True
@@ -189,7 +189,7 @@ class Watch:
         )
 
     def _warn_of_skips(self, optimizer: torch.optim.Optimizer) -> None:
-        """Say that no step has been made for long, and why."""
+        """Warn that many steps in a row were skipped, and say why."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         stored = [t for p in params for k, t in optimizer.state.get(p, {}).items() if k in SLOTS]
         kinds = {

@@ -25,7 +25,7 @@ ShardGroups: TypeAlias = "tuple[dist.ProcessGroup, ...]"
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Tell a `DTensor`, without importing its module where nobody uses it."""
+    """Return True for a `DTensor`, without importing its module where nobody uses it."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
@@ -104,8 +104,8 @@ def check_shards(who: str, params: Iterable[Tensor], process_group: dist.Process
     for param in params:
         if hasattr(param, "ds_id"):
             raise ValueError(
-                f"{who}: all parameters must be stepped together. Got those of DeepSpeed's ZeRO stage 3, which steps "
-                "through them in turn. Remedy: use stage 1 or 2, or FSDP2."
+                f"{who}: all parameters must be stepped together. ZeRO stage 3 of DeepSpeed steps them one at a time. "
+                "Remedy: use stage 1 or 2, or FSDP2."
             )
         fsdp = getattr(param, "_fsdp_flattened", False)
         deepspeed = "deepspeed" in sys.modules and param.ndim == 1 and not isinstance(param, torch.nn.Parameter)

@@ -130,8 +130,8 @@ def mechanize(
         max_lr: bound of the effective lr, > 0: the scale never exceeds max_lr / (the largest lr so far, of all groups).
             None: no bound.
         per_group: learn one scale for each parameter group, from that group's gradient, weights and updates alone: for
-            groups whose updates have unlike units, or that start far apart. The ratio between their lrs then says
-            nothing. docs/per-group.md says when it helps. False: one scale for all.
+            groups whose updates have unlike units, or that start far apart. Ratios between their lrs then stop
+            mattering. docs/per-group.md says when it helps. False: one scale for all.
 
     Returns:
         The class `Mechanized<Base>`. Type checkers see the base's arguments and attributes too for optimizers of torch

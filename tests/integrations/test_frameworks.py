@@ -66,4 +66,4 @@ def test_what_would_be_silently_wrong_is_refused(outcomes):
         rule = "process_group must be given for parameters that are shards of larger ones. Got None and parameters cut "
         assert fsdp1.startswith(f"MechanizedSGD: {rule}by FSDP1. Remedy: mechanize(..., process_group=")
         assert zero1.startswith(f"MechanizedAdamW: {rule}by DeepSpeed. Remedy: mechanize(..., process_group=")
-        assert zero3.startswith("MechanizedAdamW: all parameters must be stepped together. Got those of DeepSpeed's")
+        assert zero3.startswith("MechanizedAdamW: all parameters must be stepped together. ZeRO stage 3 of DeepSpeed")

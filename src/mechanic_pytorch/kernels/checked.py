@@ -125,7 +125,7 @@ class Checked:
         if key in self._agreed:
             return self._load()
         if is_capturing():
-            return self._safe  # a graph can hold no comparison; who captures one steps a few times before
+            return self._safe  # a graph cannot hold a comparison; people make a few steps before they capture one
         try:
             results = [call(kernel, *map(_beginnings, lists)) for kernel in (self._load(), self._safe)]
             difference = max(_difference(a, b) for a, b in zip(*results, strict=True))

@@ -10,8 +10,8 @@ integers on the device, a column for each tensor:
     count    how many they are
     address  of its memory; one row for each list: parameters, gradients, ...
 
-Written with a capital is what is known when a kernel is compiled: dtypes, which rule, sizes of blocks. Without a GPU,
-the environment variable `TRITON_INTERPRET=1` runs the same code on CPU tensors: slowly, for tests.
+Names in capitals are compile-time constants: dtypes, which rule, sizes of blocks. Without a GPU, the environment
+variable `TRITON_INTERPRET=1` runs the same code on CPU tensors: slowly, for tests.
 """
 
 # Triton has no types, and its functions cannot have any: they are not Python when they run.

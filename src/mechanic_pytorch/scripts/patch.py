@@ -58,7 +58,7 @@ def patched(
             replaces it, in proportion: the group with the largest lr gets this one.
         include: further classes to mechanize, or their names: "LBFGS", "package.Class". Names that turn out to be those
             of nothing that was built are warned about at the end.
-        exclude: classes to leave plain, or their names, likewise.
+        exclude: classes to leave plain, or their names.
         s_init: as for `mechanize`, but "auto" by default.
         **options: the other options of `mechanize`.
 
@@ -210,7 +210,7 @@ class Patch:
         self._seen: set[type[Optimizer]] = set()
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
-        """Say why this class is left as it is, or None if it is not."""
+        """Return why this class is left as it is, or None if it is not."""
         if issubclass(cls, Mechanic):
             return "it is mechanized already"
         if any(_bears(cls, name) for name in self.exclude):
@@ -221,7 +221,7 @@ class Patch:
             name = f"{cls.__module__}.{cls.__qualname__}"
             return f"it is not one of torch.optim; include {name} to mechanize it, unless it wraps another optimizer"
         if issubclass(cls, torch.optim.LBFGS):
-            return "it assumes that it owns its steps; include LBFGS to mechanize it all the same"
+            return "it assumes that it owns its steps; include LBFGS to mechanize it anyway"
         return None
 
     def mechanized(self, base: type[Optimizer]) -> type[Optimizer]:
@@ -234,7 +234,7 @@ class Patch:
         self._seen.add(one.base)
 
     def without_effect(self) -> list[str]:
-        """Say which names of `include` and `exclude`, of those that can be checked only now, nothing bears."""
+        """Return what is wrong with names of `include` and `exclude` that could not be checked earlier."""
         paths = [f"{cls.__module__}.{cls.__qualname__}" for cls in self._seen]
         return [
             f"{argument} {name} has no effect, because no such optimizer was built.{_hint(name, paths)}"
@@ -285,7 +285,7 @@ def _check_name(argument: str, name: str) -> None:
     if last not in known:
         raise ValueError(
             f"patched: {argument} must name optimizers of torch.optim, or others with their package. Got {name!r}."
-            f"{_hint(last, known)} Remedy: 'AdamW', or 'package.Class' for a class of others."
+            f"{_hint(last, known)} Remedy: 'AdamW', or 'package.Class' for a class from elsewhere."
         )
 
 

@@ -1,4 +1,4 @@
-"""Look at the calls of a function while a script runs."""
+"""Observe the calls of a function while a script runs."""
 
 from __future__ import annotations
 
