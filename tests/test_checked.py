@@ -38,7 +38,7 @@ def broken(name, how):
         if name == "measure":
             return result * torch.tensor([1.0, 1.0, 1.01, 1.0], dtype=result.dtype)
         params, kept = args[name == "step_and_move"], args[2 + (name == "step_and_move")]
-        target = {"params": params, "kept": kept, "states": args[0].states[-1] if name == "step_and_move" else kept}
+        target = {"params": params, "stored": kept, "states": args[0].states[-1] if name == "step_and_move" else kept}
         target[how][0].view(-1)[-1] += target[how][0].abs().max()
         return result
 
@@ -101,8 +101,8 @@ def test_a_good_kernel_is_used_for_any_numbers(base, dtype, shapes, size, lr, mo
     ("name", "how"),
     [
         *[("measure", how) for how in ("raises", "sums")],
-        *[("move", how) for how in ("raises", "params", "kept")],
-        *[("step_and_move", how) for how in ("raises", "params", "kept", "states")],
+        *[("move", how) for how in ("raises", "params", "stored")],
+        *[("step_and_move", how) for how in ("raises", "params", "stored", "states")],
     ],
 )
 @pytest.mark.parametrize("s_init", [1e-3, "auto"])

@@ -1,19 +1,19 @@
 """The two functions that touch big tensors, in interchangeable versions.
 
 A kernel is a module with two functions over parallel lists of plain, dense, real tensors. All tensors of one call
-share a device, and their parameters a dtype; `kept` are float32 (float64 for float64 parameters). Kernels know
+share a device, and their parameters a dtype; `stored` are float32 (float64 for float64 parameters). Kernels know
 nothing of parameter groups, optimizer state, sharding or the tuner.
 
-What is kept of each parameter is one of two things: `delta`, the sum of the base's updates (Algorithm 1), or `x_ref`,
-from which the way to the parameter is measured (plain steps, `s_init="auto"`).
+What is stored for each parameter is one of two things: `delta`, the sum of the base's updates (Algorithm 1), or
+`x_ref`, from which the way to the parameter is measured (plain steps, `s_init="auto"`).
 
-`measure(params, grads, kept, copies)` returns the four sums of which the tuner is made, as one tensor of shape (4,) in
-the dtype of `kept`: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors,
-so they may be added over buckets, devices and shards. `copies` is None, or tensors like `params` that it fills with
-their values on the way: what `move` wants as `before`. With `plain=True` it takes `kept` for x_ref, and for delta the
-way `x + compensation - x_ref`.
+`measure(params, grads, stored, before)` returns the four sums that the tuner needs, as one tensor of shape (4,) in the
+dtype of `stored`: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors, so
+they may be added over buckets, devices and shards. `before` is None, or tensors like `params` that it fills with their
+values on the way, for `move`. With `plain=True` it takes `stored` for x_ref, and for delta the way
+`x + compensation - x_ref`.
 
-`move(params, before, kept, compensations, scales)` is called after the base optimizer has turned `before` into
+`move(params, before, stored, compensations, scales)` is called after the base optimizer has turned `before` into
 `params`. It changes these in place, and nothing else (`arguments.py` says what scales are):
 
     update = params - before
@@ -21,7 +21,7 @@ way `x + compensation - x_ref`.
     delta  = delta + update
 
 which is `before + scales.new * delta_new - scales.old * delta_old` with less cancellation. Where `scales.follow` is
-given, it takes `kept` for x_ref, and the step is plain:
+given, it takes `stored` for x_ref, and the step is plain:
 
     params = before + scales.new * update
     x_ref  = x_ref + scales.follow * (before - x_ref)
@@ -31,9 +31,9 @@ parameter that holds what rounding took from it (Kahan): it is added back before
 compensation that could not come from rounding its parameter belongs to a value that someone has since overwritten, and
 counts as zero.
 
-A kernel may also have `step_and_move(rule, params, grads, kept, compensations, scales)`, which makes the step of a base
-whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`, which returns True if it
-can for these tensors. The result is that of the base's step and then `move`, but for rounding.
+A kernel may also have `step_and_move(rule, params, grads, stored, compensations, scales)`, which makes the step of a
+base whose rule it is given (`rule.py`) and moves in the same pass, and `can_step(params, *others)`, which returns True
+if it can for these tensors. The result is that of the base's step followed by `move`, except for rounding.
 
 `for_loop` is the reference. Every other kernel must equal it; `tests/test_kernels.py` says how closely.
 """
@@ -61,19 +61,19 @@ class Kernel(Protocol):
         self,
         params: Tensors,
         grads: Tensors,
-        kept: Tensors,
-        copies: Tensors | None = None,
+        stored: Tensors,
+        before: Tensors | None = None,
         compensations: Tensors | None = None,
         plain: bool = False,
     ) -> Tensor:
-        """Return the four sums, and fill the copies."""
+        """Return the four sums, and fill `before`."""
         ...
 
     def move(
         self,
         params: Tensors,
         before: Tensors,
-        kept: Tensors,
+        stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
     ) -> None:
@@ -93,7 +93,7 @@ class SteppingKernel(Kernel, Protocol):
         rule: Rule,
         params: Tensors,
         grads: Tensors,
-        kept: Tensors,
+        stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
     ) -> None:

@@ -13,7 +13,7 @@ class Scales(NamedTuple):
     """By what a step is rescaled: tensors of shape (), or of shape (G,), a row for each tuner.
 
     `follow` is given for a plain step: by what part of its way to the weights x_ref follows them. Without it, what is
-    kept is delta.
+    stored is delta.
     """
 
     old: Tensor

@@ -27,19 +27,19 @@ PACK = 2**17  # until there are so many numbers: the memory of larger copies goe
 def measure(
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
-    copies: Tensors | None = None,
+    stored: Tensors,
+    before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
-    dtype = kept[0].dtype
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
+    dtype = stored[0].dtype
     converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see are_contiguous
     sums = []
-    more = [lists for lists in (copies, compensations if plain else None) if lists is not None]
-    for _, xs, gs, ks, *others in _blocks(params, grads, kept, *more, small=SMALL):
+    more = [lists for lists in (before, compensations if plain else None) if lists is not None]
+    for _, xs, gs, ks, *others in _blocks(params, grads, stored, *more, small=SMALL):
         x, g, delta = _line(xs), _line(gs), _line(ks)
-        if copies is not None:
+        if before is not None:
             _copy(others[0], xs)
         if converts:
             x, g = x.to(dtype), g.to(dtype)
@@ -48,18 +48,18 @@ def measure(
             if compensations is not None:
                 delta += _line(others[-1])
         sums += [delta.dot(g), delta.dot(x), g.dot(g), x.dot(x)]
-    return torch.stack(sums).view(-1, 4).sum(0) if sums else kept[0].new_zeros(4)
+    return torch.stack(sums).view(-1, 4).sum(0) if sums else stored[0].new_zeros(4)
 
 
 def move(
     params: Tensors,
     before: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    lists = [params, before, kept, *([] if compensations is None else [compensations])]
+    lists = [params, before, stored, *([] if compensations is None else [compensations])]
     for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
             _move_slice(xs - starts, starts, ours[0], scales, out=xs)
@@ -71,12 +71,12 @@ def step_and_move(
     rule: Rule,
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Make the base's step and rescale it, in place."""
-    lists = [params, grads, kept, *([] if compensations is None else [compensations])]
+    lists = [params, grads, stored, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
     shrink, rest = rule.without_decay()
     for indices, *parts in _blocks(*lists, *rule.states, small=SMALL_STEP if compensations is None else SMALL):
@@ -115,49 +115,49 @@ def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tens
     torch._fused_sgd_(xs, updates, deltas, lr=lr, momentum=1.0 if deltas else 0.0, **options)  # type: ignore[call-overload]
 
 
-def _move_slice(update: Tensor, start: Tensor, kept: Tensor, scales: Scales, out: Tensor) -> None:
+def _move_slice(update: Tensor, start: Tensor, stored: Tensor, scales: Scales, out: Tensor) -> None:
     if scales.follow is None:
-        torch.addcmul(start, kept, scales.new - scales.old, out=out)
+        torch.addcmul(start, stored, scales.new - scales.old, out=out)
         out.addcmul_(update, scales.new)
     else:
         torch.addcmul(start, update, scales.new, out=out)
-    _renew((kept,), (update,), (start,), scales.follow)
+    _renew((stored,), (update,), (start,), scales.follow)
 
 
 def _renew(
-    kept: tuple[Tensor, ...], updates: tuple[Tensor, ...], starts: tuple[Tensor, ...], follow: Tensor | None
+    stored: tuple[Tensor, ...], updates: tuple[Tensor, ...], starts: tuple[Tensor, ...], follow: Tensor | None
 ) -> None:
     """Do what `foreach.renew` does; of a single one in one pass."""
-    if follow is not None and len(kept) == 1:
-        kept[0].lerp_(starts[0], follow)
+    if follow is not None and len(stored) == 1:
+        stored[0].lerp_(starts[0], follow)
     else:
-        foreach.renew(kept, updates, starts, follow)
+        foreach.renew(stored, updates, starts, follow)
 
 
 def _move_pack(
     after: Tensor,
     start: Tensor,
     xs: Part,
-    kept: Part,
+    stored: Part,
     compensations: Part | None = None,
     *,
     scales: Scales,
 ) -> None:
-    line_kept = _line(kept)
+    line_stored = _line(stored)
     if compensations is not None:
         compensation = _line(compensations)
-        for_loop.move([after], [start], [line_kept], [compensation], scales)
-        for line, to in [(after, xs), (line_kept, kept), (compensation, compensations)]:
+        for_loop.move([after], [start], [line_stored], [compensation], scales)
+        for line, to in [(after, xs), (line_stored, stored), (compensation, compensations)]:
             if line is not to:
                 _copy(to, line if isinstance(to, Tensor) else _unpacked(line, to))
         return
-    xs, kept = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", kept)
+    xs, stored = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", stored)
     update = after.sub_(start)
     pieces = _unpacked(update, xs)  # they share its memory
-    _renew(kept, pieces, _unpacked(start, xs), scales.follow)
+    _renew(stored, pieces, _unpacked(start, xs), scales.follow)
     update.mul_(scales.new)
     if scales.follow is None:
-        update.addcmul_(line_kept, scales.new - scales.old)
+        update.addcmul_(line_stored, scales.new - scales.old)
     update.add_(start)
     torch._foreach_copy_(xs, pieces)
 

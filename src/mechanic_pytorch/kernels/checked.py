@@ -44,64 +44,64 @@ class Checked:
         self,
         params: Tensors,
         grads: Tensors,
-        kept: Tensors,
-        copies: Tensors | None = None,
+        stored: Tensors,
+        before: Tensors | None = None,
         compensations: Tensors | None = None,
         plain: bool = False,
     ) -> Tensor:
-        """Return the four sums, and fill the copies."""
-        lists = [params, grads, kept, copies, compensations]
+        """Return the four sums, and fill `before`."""
+        lists = [params, grads, stored, before, compensations]
 
-        def call(kernel: Any, params: Any, grads: Any, kept: Any, copies: Any, compensations: Any) -> Any:
-            sums = kernel.measure(params, grads, kept, copies, compensations, plain)
+        def call(kernel: Any, params: Any, grads: Any, stored: Any, before: Any, compensations: Any) -> Any:
+            sums = kernel.measure(params, grads, stored, before, compensations, plain)
             g, x = sums[2:].sqrt()
-            delta = torch.stack(torch._foreach_norm(kept)).norm() + x  # its length, or a bound of it
+            delta = torch.stack(torch._foreach_norm(stored)).norm() + x  # its length, or a bound of it
             cosines = sums[:2] / torch.stack([delta * g, delta * x]).clamp_min(1e-30)  # 0 but for rounding, or not
-            return [*(copies or []), g, x, torch.cat([cosines, torch.ones_like(cosines)])]
+            return [*(before or []), g, x, torch.cat([cosines, torch.ones_like(cosines)])]
 
         kernel = self._chosen(("measure", plain), lists, call)
-        sums: Tensor = kernel.measure(params, grads, kept, copies, compensations, plain)
+        sums: Tensor = kernel.measure(params, grads, stored, before, compensations, plain)
         return sums
 
     def move(
         self,
         params: Tensors,
         before: Tensors,
-        kept: Tensors,
+        stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
     ) -> None:
         """Rescale the base optimizer's step from `before` to `params`, in place."""
 
-        def call(kernel: Any, params: Any, before: Any, kept: Any, compensations: Any) -> list[Tensor]:
-            kernel.move(params, before, kept, compensations, _shown(scales))
-            return _results(params, kept, compensations)
+        def call(kernel: Any, params: Any, before: Any, stored: Any, compensations: Any) -> list[Tensor]:
+            kernel.move(params, before, stored, compensations, _shown(scales))
+            return _results(params, stored, compensations)
 
-        kernel = self._chosen(("move", scales.follow is None), [params, before, kept, compensations], call)
-        kernel.move(params, before, kept, compensations, scales)
+        kernel = self._chosen(("move", scales.follow is None), [params, before, stored, compensations], call)
+        kernel.move(params, before, stored, compensations, scales)
 
     def step_and_move(
         self,
         rule: Rule,
         params: Tensors,
         grads: Tensors,
-        kept: Tensors,
+        stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
     ) -> None:
         """Make the base's step and rescale it, in place."""
         options = rule.options
 
-        def call(kernel: Any, params: Any, grads: Any, kept: Any, compensations: Any, *states: Any) -> list[Tensor]:
+        def call(kernel: Any, params: Any, grads: Any, stored: Any, compensations: Any, *states: Any) -> list[Tensor]:
             steps_at_all = {"found_inf": torch.zeros_like(options["found_inf"])} if "found_inf" in options else {}
             here = rule._replace(states=states, options={**options, **steps_at_all})
-            kernel.step_and_move(here, params, grads, kept, compensations, _shown(scales))
-            return [*_results(params, kept, compensations), *(t for state in states for t in state)]
+            kernel.step_and_move(here, params, grads, stored, compensations, _shown(scales))
+            return [*_results(params, stored, compensations), *(t for state in states for t in state)]
 
         flags = options.get("nesterov"), options["maximize"], options.get("grad_scale") is None
-        lists = [params, grads, kept, compensations, *rule.states]
+        lists = [params, grads, stored, compensations, *rule.states]
         kernel = self._chosen(("step_and_move", rule.function, flags, scales.follow is None), lists, call)
-        kernel.step_and_move(rule, params, grads, kept, compensations, scales)
+        kernel.step_and_move(rule, params, grads, stored, compensations, scales)
 
     def can_step(self, params: Tensors, *others: Tensors) -> bool:
         """Return True if `step_and_move` can be called."""
@@ -160,7 +160,7 @@ def _beginnings(tensors: Tensors | None) -> list[Tensor] | None:
         offset = t.data_ptr() % 16 // t.element_size()
         copy = torch.empty(offset + line.numel(), dtype=t.dtype, device=t.device)[offset:]
         wide = line.double().nan_to_num(0.0).clamp(-1e4, 1e4)  # squares must be finite
-        # Zeros would hide much: what is kept is 0 at first, and so is the base's state.
+        # Zeros would hide much: what is stored is 0 at first, and so is the base's state.
         fraction = torch.arange(1, len(wide) + 1, device=t.device) * 0.618033988 % 1
         noise = fraction * (wide.abs().mean() + 1e-3 * (wide == 0))
         copies.append(copy.copy_(wide + noise))
@@ -178,10 +178,10 @@ def _shown(scales: Scales) -> Scales:
     )
 
 
-def _results(params: Tensors, kept: Tensors, compensations: Tensors | None) -> list[Tensor]:
-    """Return what was moved, in the dtype and with the size of parameters: of these, rounding moves what is kept."""
+def _results(params: Tensors, stored: Tensors, compensations: Tensors | None) -> list[Tensor]:
+    """Return what was moved, in the dtype and with the size of parameters: of these, rounding moves what is stored."""
     exact = params if compensations is None else torch._foreach_add(list(compensations), list(params))
-    pairs = zip(params, exact, kept, strict=True)
+    pairs = zip(params, exact, stored, strict=True)
     return [torch.cat([x_exact.flatten(), ours.flatten()]).to(x.dtype) for x, x_exact, ours in pairs]
 
 

@@ -9,32 +9,32 @@ from mechanic_pytorch.kernels.arguments import Scales, Tensors
 def measure(
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
-    copies: Tensors | None = None,
+    stored: Tensors,
+    before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
-    sums = kept[0].new_zeros(4)
-    for i, (x, g, delta) in enumerate(zip(params, grads, kept, strict=True)):
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
+    sums = stored[0].new_zeros(4)
+    for i, (x, g, delta) in enumerate(zip(params, grads, stored, strict=True)):
         x, g = x.to(delta.dtype), g.to(delta.dtype)
         if plain:
             delta = x - delta if compensations is None else x - delta + compensations[i].to(delta.dtype)
         sums += torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
-    if copies is not None:
-        torch._foreach_copy_(list(copies), list(params))
+    if before is not None:
+        torch._foreach_copy_(list(before), list(params))
     return sums
 
 
 def move(
     params: Tensors,
     before: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    for i, (x, x_before, ours) in enumerate(zip(params, before, kept, strict=True)):
+    for i, (x, x_before, ours) in enumerate(zip(params, before, stored, strict=True)):
         start = x_before.to(ours.dtype)
         update = x.to(ours.dtype) - start
         if scales.follow is None:

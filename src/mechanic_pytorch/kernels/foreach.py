@@ -17,28 +17,28 @@ CHUNK = 2**24  # numbers: enough to fill a GPU, and some arrays of them are litt
 def measure(
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
-    copies: Tensors | None = None,
+    stored: Tensors,
+    before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
     more = [] if compensations is None or not plain else [compensations]
-    sums = [_measure(*lists, plain=plain) for lists in _chunks(params, grads, kept, *more)]
-    if copies is not None:
-        torch._foreach_copy_(list(copies), list(params))
+    sums = [_measure(*lists, plain=plain) for lists in _chunks(params, grads, stored, *more)]
+    if before is not None:
+        torch._foreach_copy_(list(before), list(params))
     return torch.stack(sums).sum(0)
 
 
 def move(
     params: Tensors,
     before: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    for lists in _chunks(params, before, kept, *([] if compensations is None else [compensations])):
+    for lists in _chunks(params, before, stored, *([] if compensations is None else [compensations])):
         _move(*lists, scales=scales)
 
 
@@ -46,7 +46,7 @@ def step_and_move(
     rule: Rule,
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
@@ -59,7 +59,7 @@ def step_and_move(
         if not isinstance(lr, Tensor):  # a backend that takes numbers compiles it once, and not again for each new one
             lr = torch.full((), lr, dtype=torch.float64)
         rule._replace(options={**rule.options, "lr": lr}).apply_traced(params, grads)
-    move(params, before, kept, compensations, scales)
+    move(params, before, stored, compensations, scales)
 
 
 def can_step(*lists: Tensors) -> bool:
@@ -90,14 +90,14 @@ def _chunks(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
 def _measure(
     params: list[Tensor],
     grads: list[Tensor],
-    kept: list[Tensor],
+    stored: list[Tensor],
     compensations: list[Tensor] | None = None,
     *,
     plain: bool,
 ) -> Tensor:
-    dtype, deltas = kept[0].dtype, kept
+    dtype, deltas = stored[0].dtype, stored
     if plain:
-        deltas = list(torch._foreach_sub([x.to(dtype) for x in params], kept))
+        deltas = list(torch._foreach_sub([x.to(dtype) for x in params], stored))
         if compensations is not None:
             torch._foreach_add_(deltas, [compensation.to(dtype) for compensation in compensations])
     products = [
@@ -109,31 +109,31 @@ def _measure(
     return torch.stack([*products, *squares])
 
 
-def renew(kept: Tensors, updates: Tensors, starts: Tensors, follow: Tensor | None) -> None:
+def renew(stored: Tensors, updates: Tensors, starts: Tensors, follow: Tensor | None) -> None:
     """Make delta = delta + update; or, of a plain step, x_ref = x_ref + follow * (start - x_ref)."""
     if follow is not None:
-        updates = torch._foreach_sub(starts, kept)
+        updates = torch._foreach_sub(starts, stored)
         torch._foreach_mul_(updates, follow)
-    torch._foreach_add_(kept, updates)
+    torch._foreach_add_(stored, updates)
 
 
 def _move(
     params: list[Tensor],
     before: list[Tensor],
-    kept: list[Tensor],
+    stored: list[Tensor],
     compensations: list[Tensor] | None = None,
     *,
     scales: Scales,
 ) -> None:
-    dtype = kept[0].dtype
+    dtype = stored[0].dtype
     start = [x_before.to(dtype) for x_before in before]
-    # Everything large comes first: running out of memory then leaves what is kept as it was.
+    # Everything large comes first: running out of memory then leaves what is stored as it was.
     update = torch._foreach_sub([x.to(dtype) for x in params], start)
     step = torch._foreach_mul(update, scales.new)
     if scales.follow is None:
-        torch._foreach_add_(step, torch._foreach_mul(kept, scales.new - scales.old))
+        torch._foreach_add_(step, torch._foreach_mul(stored, scales.new - scales.old))
     if compensations is None:
-        renew(kept, update, start, scales.follow)
+        renew(stored, update, start, scales.follow)
         torch._foreach_copy_(params, before)
         torch._foreach_add_(params, step)
     else:
@@ -142,7 +142,7 @@ def _move(
         overwritten = [u.to(x.dtype) != x for u, x in zip(unrounded, before, strict=True)]
         for tensor, mask in zip(lost, overwritten, strict=True):
             tensor.masked_fill_(mask, 0.0)
-        renew(kept, update, start, scales.follow)
+        renew(stored, update, start, scales.follow)
         torch._foreach_add_(start, lost)
         torch._foreach_add_(start, step)
         still = [s == 0 for s in step]  # see for_loop

@@ -55,79 +55,83 @@ class Work(NamedTuple):
 def measure(
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
-    copies: Tensors | None = None,
+    stored: Tensors,
+    before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `copies`."""
-    more = [lists for lists in (copies, compensations if plain else None) if lists is not None]
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
+    more = [lists for lists in (before, compensations if plain else None) if lists is not None]
     sums = []
-    for dtypes, work in _works([params, [g.resolve_neg() for g in grads], kept, *more], [] if copies is None else [3]):
+    for dtypes, work in _works(
+        [params, [g.resolve_neg() for g in grads], stored, *more], [] if before is None else [3]
+    ):
         x, g, ours = dtypes[:3]
         flags = {
-            "COPY": copies is not None,
+            "COPY": before is not None,
             "PLAIN": plain,
             "COMPENSATION": dtypes[-1] if plain and compensations is not None else None,
         }
-        sums.append(kept[0].new_empty(len(work.owners), 4))
+        sums.append(stored[0].new_empty(len(work.owners), 4))
         _launch(_measure, work, sums[-1], X=x, G=g, D=ours, **flags, BLOCK=BLOCK)
     if not sums:
-        return kept[0].new_zeros(4)
-    return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(0, dtype=torch.float64).to(kept[0].dtype)
+        return stored[0].new_zeros(4)
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(0, dtype=torch.float64).to(stored[0].dtype)
 
 
 def move(
     params: Tensors,
     before: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Rescale the base optimizer's step from `before` to `params`, in place."""
-    _move(None, params, before, kept, compensations, scales)
+    _move(None, params, before, stored, compensations, scales)
 
 
 def step_and_move(
     rule: Rule,
     params: Tensors,
     grads: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Make the base's step and rescale it, in place."""
-    _move(rule, params, grads, kept, compensations, scales)
+    _move(rule, params, grads, stored, compensations, scales)
 
 
 def can_step(params: Tensors, *others: Tensors) -> bool:
-    """Return True if `step_and_move` takes these parameters, gradients, what is kept of them, and states.
+    """Return True if `step_and_move` takes these parameters, gradients, what is stored for them, and states.
 
-    All tensors of a parameter must lie in memory in the same order, and have its dtype, except what is kept.
+    All tensors of a parameter must lie in memory in the same order, and have its dtype, except what is stored.
     """
-    grads, kept, *states = others
+    grads, stored, *states = others
     lists = [params, grads, *states]
-    if not {t.dtype for tensors in (params, kept) for t in tensors} <= DTYPES.keys():
+    if not {t.dtype for tensors in (params, stored) for t in tensors} <= DTYPES.keys():
         return False
     if any([t.is_neg() for tensors in lists for t in tensors]):  # noqa: C419  # see are_contiguous
         return False
     for x, *rest in zip(*lists, strict=True):
         if any([t.dtype != x.dtype for t in rest]):  # noqa: C419
             return False
-    return are_contiguous(*lists, kept) or all(contiguous_views(t) is not None for t in zip(*lists, kept, strict=True))
+    return are_contiguous(*lists, stored) or all(
+        contiguous_views(t) is not None for t in zip(*lists, stored, strict=True)
+    )
 
 
 def _move(
     rule: Rule | None,
     params: Tensors,
     others: Tensors,
-    kept: Tensors,
+    stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
 ) -> None:
     """Move to what the base makes of `params` with the gradients `others`; without a rule, it has, from `others`."""
     states = [] if rule is None else rule.states
-    lists = [params, others, kept, *states, *([] if compensations is None else [compensations])]
+    lists = [params, others, stored, *states, *([] if compensations is None else [compensations])]
     options: dict[str, Any] = {} if rule is None else rule.options
     scaler = [options.get("grad_scale"), options.get("found_inf")]
     numbers, rates = (None, None) if rule is None else _numbers(rule, params[0].device, len(params))
@@ -269,8 +273,8 @@ def _measure(
     column, begin, full, end = _part(table, owners, columns, BLOCK, CHUNK)
     params = _address(table, 0, columns, column, X, ALIGNED)
     grads = _address(table, 1, columns, column, G, ALIGNED)
-    kept = _address(table, 2, columns, column, D, ALIGNED)
-    copies = _address(table, 3 if COPY else 0, columns, column, X, ALIGNED)
+    stored = _address(table, 2, columns, column, D, ALIGNED)
+    before = _address(table, 3 if COPY else 0, columns, column, X, ALIGNED)
     if COMPENSATION is not None:
         compensations = _address(table, 4 if COPY else 3, columns, column, COMPENSATION, ALIGNED)
     delta_g = tl.zeros((BLOCK,), D)
@@ -282,10 +286,10 @@ def _measure(
             at = start + tl.arange(0, BLOCK).to(tl.int64)
             x = _load(params, at, end, tail)
             if COPY:
-                _store(copies, x, at, end, tail)
+                _store(before, x, at, end, tail)
             x = x.to(D)
             g = _load(grads, at, end, tail).to(D)
-            delta = _load(kept, at, end, tail)
+            delta = _load(stored, at, end, tail)
             if PLAIN:
                 delta = x - delta
                 if COMPENSATION is not None:
@@ -328,7 +332,7 @@ def _step(
     column, begin, full, end = _part(table, owners, columns, BLOCK, CHUNK)
     params = _address(table, 0, columns, column, X, ALIGNED)
     others = _address(table, 1, columns, column, OTHER, ALIGNED)
-    kept = _address(table, 2, columns, column, D, ALIGNED)
+    stored = _address(table, 2, columns, column, D, ALIGNED)
     first = _address(table, 3 if STATES > 0 else 0, columns, column, X, ALIGNED)
     second = _address(table, 4 if STATES > 1 else 0, columns, column, X, ALIGNED)
     third = _address(table, 5 if STATES > 2 else 0, columns, column, X, ALIGNED)
@@ -384,13 +388,13 @@ def _step(
                         update -= shrink * x
                 if COMPENSATION is not None:  # the base would have stored it
                     update = (before + update).to(X).to(D) - before
-            ours = _load(kept, at, end, tail)
+            ours = _load(stored, at, end, tail)
             if follow is None:
                 step = (new - old) * ours + new * update
-                _store(kept, ours + update, at, end, tail)
+                _store(stored, ours + update, at, end, tail)
             else:
                 step = new * update
-                _store(kept, ours + nearer * (before - ours), at, end, tail)
+                _store(stored, ours + nearer * (before - ours), at, end, tail)
             if COMPENSATION is None:
                 _store(params, before + step, at, end, tail)
             else:  # see for_loop
