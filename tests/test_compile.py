@@ -81,6 +81,21 @@ def test_one_graph_for_all_steps_after_the_first_also_for_one_that_is_skipped(na
     assert_identical([list(model.parameters()), optimizer.state_dict()], before)
 
 
+def test_what_a_skipped_step_adds_to_the_state_is_zero():
+    """The base creates a buffer at a step whose gradient is not finite, because its momentum was turned on."""
+    model, optimizer = model_and_optimizer("SGD")
+    step = torch.compile(optimizer.step, backend="eager")
+    train_while_lr_falls(model, optimizer, 3, step=step)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    for p in model.parameters():
+        p.grad.fill_(float("nan"))
+    step()
+    assert optimizer.skipped_steps == 1
+    assert not any(optimizer.state[p]["momentum_buffer"].any() for p in model.parameters())
+    train_while_lr_falls(model, optimizer, 3, first=3, step=step)
+    assert optimizer.skipped_steps == 1
+
+
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", BASES)
 def test_a_step_is_one_graph_without_a_break(name, lr):

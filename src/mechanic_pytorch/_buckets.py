@@ -288,14 +288,14 @@ class Work:
         """
         for bucket in self.buckets:
             bucket.before = bucket.before or [x.clone() for x in bucket.locals]
-        states = [self.state[p] for bucket in self.buckets for p in bucket.params]
-        saved = [{key: value.clone() for key, value in one.items() if isinstance(value, Tensor)} for one in states]
+        params = [p for bucket in self.buckets for p in bucket.params]
+        saved = [{key: t.clone() for key, t in self.state[p].items() if isinstance(t, Tensor)} for p in params]
         yield
         for bucket in self.buckets:
             for x, x_before in zip(bucket.locals, bucket.before, strict=True):
                 x.copy_(torch.where(skip.to(x.device), x_before, x))
-        for one, old in zip(states, saved, strict=True):
-            for key, value in one.items():
+        for p, old in zip(params, saved, strict=True):
+            for key, value in self.state[p].items():  # not the dict of before, if the base's state begins here
                 if isinstance(value, Tensor):
                     value.copy_(torch.where(skip.to(value.device), old.get(key, torch.zeros_like(value)), value))
 
