@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechanic_pytorch._buckets import PER_PARAMETER, Work
+from mechanic_pytorch._buckets import PER_PARAMETER, Bucket, Work
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import can_sync, has_values, reads_found_inf, requires_closure, unwrapped
 from mechanic_pytorch.kernels.arguments import Scales
@@ -105,6 +105,12 @@ class BaseStep:
         if not config.skip_nonfinite or not has_values(self._optimizer):
             return Skipper.NOBODY
         return Skipper.HOST if self.can_sync else Skipper.DEVICE
+
+    def has_bad_gradient(self, work: Work, config: Config, *, like: Tensor) -> Tensor | None:
+        """Return whether a gradient is not finite, shape (), for a step that measures nothing; None if nobody asks."""
+        if config.skip_nonfinite:
+            return work.total(Bucket.nonfinite, like=like, unscaled=self.unscaled).isfinite().all().logical_not()
+        return None if self.found_inf is None else self.found_inf.to(like.device).reshape(()) > 0
 
     @property
     def can_be_told(self) -> bool:

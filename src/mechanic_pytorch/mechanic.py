@@ -259,17 +259,14 @@ class Mechanic(Optimizer):
     def _frozen_step(self, base: BaseStep, work: Work, tuner: Tuner) -> Any:
         """Make the base's own step at lr times the frozen scale: nothing is measured, nothing is moved."""
         config, scale = self.mechanic_config, tuner.read().scales.sum(-1)
-        skip, is_told = scale.new_zeros((), dtype=torch.bool), config.skip_nonfinite or base.found_inf is not None
-        if config.skip_nonfinite:
-            skip = work.total(Bucket.nonfinite, like=scale, unscaled=base.unscaled).isfinite().all().logical_not()
-        elif base.found_inf is not None:
-            skip = base.found_inf.to(scale.device).reshape(()) > 0
+        is_bad = base.has_bad_gradient(work, config, like=scale)
+        skip = scale.new_zeros((), dtype=torch.bool) if is_bad is None else is_bad
         skipper = base.skipper(work, config)
         if skipper is Skipper.HOST and skip.item():
             return self._skip_step(base, tuner)
         lr = tuner.largest_lr(base.lr_factors, like=scale)
         base.lr_factors = [a * b for a, b in zip(base.lr_factors, tuner.frozen_scales(), strict=True)]
-        base.call(work, skip, skipper, tells_base=is_told)
+        base.call(work, skip, skipper, tells_base=is_bad is not None)
         work.commit(tuner.recorded(scale, lr, skip, unchanged=skip))
         self._mechanic_watch.after_frozen_step(tuner, work)
         return base.loss

@@ -39,7 +39,7 @@ class Record:
     The loss is the one that a closure returns, else what the training loop called `backward()` on.
     """
 
-    def __init__(self, optimizer: Any, capacity: int, losses: Losses | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, capacity: int, losses: Losses | None = None) -> None:
         self.steps = 0  # that were seen: those of a compiled step are not
         self._rows: Thinned[tuple[Any, Any]] = Thinned(capacity)
         self._take: Callable[[Any], Any] = snapshot if isinstance(optimizer, Mechanic) else self._take_plain
