@@ -94,6 +94,11 @@ def test_the_signature_and_the_declared_options_agree():
     assert all(f"\n    {option.name}: " in documented for option in options)
 
 
+def test_processes_need_not_agree_only_in_options_that_change_no_step():
+    names = {option.name for option in fields(Config)}
+    assert names - Config().shared().keys() == {"store_delta", "log_func", "log_every", "process_group"}
+
+
 def test_parameters_go_to_the_class():
     with pytest.raises(TypeError, match=r"Remedy: parameters go to the class.*mechanize\(SGD\)\(model\.parameters"):
         mechanize(torch.optim.SGD, torch.nn.Linear(2, 1).parameters())
