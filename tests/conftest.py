@@ -34,7 +34,7 @@ def triton_kernel(monkeypatch):
     from mechanic_pytorch import kernels
     from mechanic_pytorch.kernels import triton as kernel
 
-    monkeypatch.setattr(kernel, "BLOCK", 2**13)  # few of them, for the interpreter takes its time over each
+    monkeypatch.setattr(kernel, "BLOCK", 2**13)  # few of them, because the interpreter takes its time over each
     monkeypatch.setattr(kernel, "CHUNK", 2**14)
     monkeypatch.setitem(kernels.KERNELS, "triton", kernel)
     convert = interpreter._convert_float

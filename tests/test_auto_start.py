@@ -177,7 +177,7 @@ def test_float64_runs_at_any_lr_are_the_same(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_float32_runs_at_any_lr_are_the_same(name):
-    """Not only alike, for what chaos makes of another rounding is another run."""
+    """Not only alike, because chaos makes another run of another rounding."""
     losses = []
     for lr in [1e-6, 1e-3, 0.3, 1.0, 7.0, 1e6]:
         model = mlp()

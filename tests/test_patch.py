@@ -29,7 +29,7 @@ class Theirs(torch.optim.SGD):
 
 
 class Fragile(torch.optim.Optimizer):
-    """An optimizer that cannot be mechanized, for it looks at its own class."""
+    """An optimizer that cannot be mechanized, because it checks its own class."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
