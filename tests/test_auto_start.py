@@ -459,6 +459,22 @@ def test_once_chosen_the_factor_changes_only_if_lr_grows_past_it():
     assert optimizer.param_groups[0]["mechanic_lr_factor"] == 1.0
 
 
+@pytest.mark.parametrize("can_sync", [True, False])
+def test_a_first_update_too_short_to_use_is_used_where_lr_cannot_grow(can_sync, monkeypatch):
+    """While a CUDA graph records, the host learns nothing by which to choose another lr."""
+    monkeypatch.setattr("mechanic_pytorch._base_step.can_sync", lambda optimizer: can_sync)
+    p = torch.ones(4, requires_grad=True)
+    optimizer = auto("SGD", [p])
+    scales = []
+    for _ in range(3):
+        p.grad = 1e-5 * p.detach()
+        optimizer.step()
+        scales.append(float(optimizer.scale))
+    assert (scales[0] > 0) == (not can_sync)
+    assert scales[-1] > 0
+    assert (optimizer.param_groups[0]["mechanic_lr_factor"] > 1) == can_sync
+
+
 def test_a_base_that_sets_its_own_lr_keeps_what_it_set():
     class Halving(torch.optim.SGD):
         def step(self, closure=None):
