@@ -677,7 +677,8 @@ def test_a_script_with_an_optimizer_for_each_tensor_gets_a_short_report_and_a_wh
     assert (
         said[4] == "mechanic: Adam optimizers (script.py:4): more follow, one for each tensor; the report counts them"
     )
-    assert sum("Adam 1 and 39 like it" in line for line in said) == 2, "a row and a sentence"
+    assert sum(line.startswith("│ Adam 1 ") for line in said) == 1
+    assert sum(line.startswith("mechanic: to train") and "Adam 1 and 39 like it" in line for line in said) == 1
     assert any("hold one tensor each" in line for line in said)
     optimizers = json.loads((tmp_path / "report" / "report.json").read_text())["optimizers"]
     assert [one["name"] for one in optimizers] == [f"Adam {i}" for i in range(1, 41)]
