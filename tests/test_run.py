@@ -601,6 +601,90 @@ def test_the_table_and_the_sentence_name_them_alike():
     ]
 
 
+def a_tensor_each(count, build, steps=3, learning=lambda i: True):
+    """Train `count` tensors, each with an optimizer of its own."""
+    params = [torch.full((3,), 1.0 + i, requires_grad=True) for i in range(count)]
+    optimizers = [build([p], i) for i, p in enumerate(params)]
+    for i, (p, optimizer) in enumerate(zip(params, optimizers, strict=True)):
+        for _ in range(steps if learning(i) else 0):
+            p.grad = p.detach().clone()
+            optimizer.step()
+    return optimizers
+
+
+@pytest.mark.filterwarnings("ignore:.*several mechanized optimizers hold one tensor each")
+def test_many_optimizers_of_a_tensor_each_are_told_as_one():
+    def build(params, i):
+        return torch.optim.Adam(params, lr=1e-3 * (1 + i % 2), weight_decay=0.1 * (i % 2))
+
+    with patched() as built:
+        kept = a_tensor_each(40, build, learning=lambda i: i < 30)
+    lines = shown(built)
+    rows = [cells(line) for line in lines if line.startswith("│")]
+    assert len(rows) <= 2 * 4 < 40, "names may wrap"
+    assert len(lines) <= 20
+    learned = [[f"{lr:.0e}" for one in built[first:30:2] for lr in sorted(one.learned_lr())] for first in (0, 1)]
+    sentences = [line for line in lines if line.startswith("mechanic: to train")]
+    assert len(sentences) == 2
+    for sentence, who, of_kind in zip(sentences, ("Adam 1", "Adam 2"), learned, strict=True):
+        low, high = min(of_kind, key=float), max(of_kind, key=float)
+        assert low != high
+        assert sentence.startswith(
+            f"mechanic: to train without Mechanic, use Adam with lr={low} to {high}, one for each"
+        )
+        assert f"for {who} and 14 like it;" in sentence
+        assert sentence.endswith("--report DIR lists each; only 3 steps")
+    nothing = "like it have learned no learning rate: its step() was never called, or no parameter had a gradient"
+    assert lines[-2:] == [f"mechanic: Adam 31 and 4 {nothing}", f"mechanic: Adam 32 and 4 {nothing}"]
+    assert len(kept) == 40
+
+
+@pytest.mark.filterwarnings("ignore:.*several mechanized optimizers hold one tensor each")
+def test_optimizers_that_the_script_tells_apart_are_listed():
+    def of_another_model(params, i):
+        return torch.optim.SGD([*params, torch.ones(2, requires_grad=True)], lr=1e-3)
+
+    def of_other_options(params, i):
+        return torch.optim.SGD(params, lr=1e-3, momentum=0.1 * i)
+
+    for build in (of_another_model, of_other_options):
+        with patched() as built:
+            a_tensor_each(6, build)
+        assert sum(line.startswith("mechanic: to train") for line in shown(built)) == 6
+    with patched() as built:
+        a_tensor_each(4, lambda params, i: torch.optim.SGD(params, lr=1e-3))
+    assert sum(line.startswith("mechanic: to train") for line in shown(built)) == 4, "a few can be read"
+
+
+IN_BACKWARD = """
+import torch
+params = [torch.full((3,), 1.0 + i, requires_grad=True) for i in range(40)]
+optimizers = {p: torch.optim.Adam([p], lr=1e-3, foreach=False) for p in params}
+for p in params:
+    p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step() or optimizers[p].zero_grad())
+import warnings
+warnings.simplefilter("ignore")
+for _ in range(3):
+    sum(p.square().sum() for p in params).backward()
+"""
+
+
+def test_a_script_with_an_optimizer_for_each_tensor_gets_a_short_report_and_a_whole_file(script, run, tmp_path):
+    done = run(*COMMAND, "--report", tmp_path / "report", script(IN_BACKWARD))
+    said = done.stderr.splitlines()
+    assert len(said) < 20, done.stderr
+    assert said[3] == "mechanic: Adam optimizers (script.py:4) is mechanized, s_init=auto, 1 parameter group"
+    assert (
+        said[4] == "mechanic: Adam optimizers (script.py:4): more follow, one for each tensor; the report counts them"
+    )
+    assert sum(line.startswith("│ Adam 1 ") for line in said) == 1
+    assert sum(line.startswith("mechanic: to train") and "Adam 1 and 39 like it" in line for line in said) == 1
+    assert any("hold one tensor each" in line for line in said)
+    optimizers = json.loads((tmp_path / "report" / "report.json").read_text())["optimizers"]
+    assert [one["name"] for one in optimizers] == [f"Adam {i}" for i in range(1, 41)]
+    assert all(one["steps"] == 3 and one["groups"][0]["learned_lr"] > 0 for one in optimizers)
+
+
 def row(step, learned, scale=(1.0,), lrs=(1.0,)):
     """Return what is known after a step: the lr learned so far, the scale, and the lr that the schedule gives."""
     effective = [lr * scale[i if len(scale) > 1 else 0] for i, lr in enumerate(lrs)]

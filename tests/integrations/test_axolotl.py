@@ -1,6 +1,7 @@
 """`MechanicPlugin`, called as axolotl calls plugins, with the real Hugging Face Trainer that axolotl's is derived from.
 
-axolotl itself is not here. What is imitated of it was read in its repository at commit 067b021c8, of July 2026.
+axolotl itself is not here. What is imitated of it was read in its repository at commit 067b021c8, of July 2026;
+`docs/trainers.md` says what was run of axolotl itself.
 """
 
 import importlib

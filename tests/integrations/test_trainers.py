@@ -91,6 +91,33 @@ def test_torchtitan_trains_and_resumes_to_the_bit():
     assert optimizer.effective_lr()[0] > 8e-4
 
 
+def test_a_container_that_calls_mechanized_optimizers_is_reported_as_such():
+    """That of torchtitan is an optimizer, too, and holds all parameters."""
+
+    class OptimizersContainer(torch.optim.Optimizer):
+        def __init__(self, optimizers):
+            self.optimizers = optimizers
+            super().__init__([p for each in optimizers for group in each.param_groups for p in group["params"]], {})
+
+        def step(self, closure=None):
+            for each in self.optimizers:
+                each.step()
+
+    model = mlp()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    with patched() as built:
+        parts = [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(vectors, lr=1e-3)]
+        losses = train(model, OptimizersContainer(parts), 60)
+    assert losses[-1] < losses[0] / 2
+    assert [one.is_mechanized for one in built] == [True, True, False]
+    assert built[2].reason == "its parameters belong to mechanized optimizers: Muon, AdamW"
+    with patched(exclude=["Muon"]) as built:
+        parts = [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(vectors, lr=1e-3)]
+        other = OptimizersContainer(parts)
+    assert "it is not one of torch.optim; include" in built[2].reason, "part of it is plain"
+    assert not is_mechanized(other)
+
+
 # --- LLaMA-Factory ----------------------------------------------------------------------------------------------------
 
 

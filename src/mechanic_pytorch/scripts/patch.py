@@ -12,7 +12,7 @@ import difflib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
 from numbers import Real
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from mechanic_pytorch._classes import with_layout
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
-from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of
+from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of, is_ours
 from mechanic_pytorch.mechanic import Mechanic, mechanize
 from mechanic_pytorch.scripts.place import place_of
 from mechanic_pytorch.scripts.wrapping import Function, wrapped
@@ -116,6 +116,7 @@ class Built:
         self.is_mechanized = self._config is not None
         self.reason = reason  # why it was left as it is, or None
         self.place = place_of(optimizer)  # the line of code that built it
+        self._options = _options_of_a_lone_tensor(optimizer)
         self.script_lrs: list[float] = []  # per group, as the code gave them
         self._factor = 1.0
         self._groups: list[dict[str, Any]] = []
@@ -128,6 +129,12 @@ class Built:
     def optimizer(self) -> Optimizer | None:
         """The optimizer, or None if it is gone."""
         return self._reference()
+
+    @property
+    def kind(self) -> Hashable:
+        """What it shares with others that one line of code builds in a loop, one for each tensor; None of any other."""
+        is_lone = self._options is not None and len(self.script_lrs) == 1  # no group has come since
+        return (self.base, self._config, self.place, self._options) if is_lone else None
 
     def described(self) -> str:
         """Return class, variable and line, as in "Adam optimizerD (train.py:41)"."""
@@ -180,6 +187,15 @@ class Built:
         return self._groups
 
 
+def _options_of_a_lone_tensor(optimizer: Optimizer) -> str | None:
+    """Return the options of an optimizer of one tensor, without its lr; None if it has several."""
+    groups = optimizer.param_groups
+    if len(groups) != 1 or len(groups[0]["params"]) != 1:
+        return None
+    others = ("params", "param_names", "lr", "initial_lr")
+    return repr([(key, value) for key, value in groups[0].items() if key not in others and not is_ours(key)])
+
+
 class Patch:
     """One context: its options, checked, and what was built in it."""
 
@@ -223,6 +239,21 @@ class Patch:
         if issubclass(cls, torch.optim.LBFGS):
             return "it assumes that it owns its steps; include LBFGS to mechanize it anyway"
         return None
+
+    def reason_as_container(self, optimizer: Optimizer) -> str | None:
+        """Say so, if all that an optimizer holds is held by mechanized ones, whose steps it calls."""
+        if is_torchs(type(optimizer)) or any(_bears(type(optimizer), name) for name in self.exclude):
+            return None
+        params = {p for group in optimizer.param_groups for p in group["params"]}
+        names: dict[str, None] = {}
+        for one in self.built:
+            inner = one.optimizer
+            if one.is_mechanized and inner is not None:
+                theirs = {p for group in inner.param_groups for p in group["params"]}
+                if theirs & params:
+                    names[one.base.__name__] = None
+                    params -= theirs
+        return f"its parameters belong to mechanized optimizers: {', '.join(names)}" if names and not params else None
 
     def mechanized(self, base: type[Optimizer]) -> type[Optimizer]:
         """Return the class to take in the place of this one."""
@@ -373,7 +404,7 @@ def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: Functio
             put_back()
     if not isinstance(self, Mechanic) or issubclass(base, Mechanic):
         init(self, params, defaults)  # if it raises, it does so as if we had never been there
-    one = Built(self, base, reason)
+    one = Built(self, base, patch.reason_as_container(self) or reason if reason else None)
     if patch.base_lr is not None and reason is None:
         one.rescale(self, patch.base_lr)
     for each in patches:

@@ -6,9 +6,11 @@ import functools
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ CAPACITY = 1000  # points per curve
 ROUGH = 100  # where no curve is asked for, but how far the learned lr can be trusted
 PANELS = 20  # optimizers in the picture
 NARROWEST = 40  # what the table needs; a terminal that is narrower breaks its lines
+LISTED = 4  # of optimizers that are alike, one for each tensor: more are told as one
 COLORS = 10  # curves that the default colors tell apart
 
 
@@ -153,10 +156,15 @@ def show(
     if not any(one.is_mechanized or is_torchs(one.base) for one in built):
         tell("no torch.optim optimizer was built in this process")
     mechanized = [one for one in built if one.is_mechanized]
+    families = _families(mechanized)
     if mechanized:
         columns = "optimizer", "steps", "skipped", "group", "script's lr", "learned peak lr"
         table = table_of(console, *columns, words=("optimizer", "group"))
-        for one in mechanized:
+        for same in families:
+            if len(same) > 1:
+                table.add_row(*_row_of_many(same, called))
+                continue
+            one = same[0]
             who = [called[one], str(one.steps), str(one.skipped_steps)]
             rows = [(f"{a:.1e}", digit(b)) for a, b in zip(one.script_lrs, one.learned_lr(), strict=False)]
             for values, which in _alike(rows).items():
@@ -166,15 +174,58 @@ def show(
     obstacle = why_no_advice(outcome)
     if obstacle and any(any(one.learned_lr()) for one in mechanized):
         tell(f"no lr is advised, because {obstacle}")
-    for one in mechanized:
+    for same in families:
+        one = same[0]
         if not any(one.learned_lr()):
-            tell(f"{called[one]} has learned no learning rate: {_why_nothing(one)}")
-        elif obstacle is None:
+            have = "has" if len(same) == 1 else "have"
+            tell(f"{_called(same, called)} {have} learned no learning rate: {_why_nothing(one)}")
+        elif obstacle is None and len(same) == 1:
             tell(advice(one, called[one], trust_in(one, records.get(one))))
+        elif obstacle is None:
+            tell(_advice_for_many(same, called, [trust_in(each, records.get(each)) for each in same]))
     for reason in dict.fromkeys(f"{one.base.__name__} was left as it is: {one.reason}" for one in built if one.reason):
         tell(reason)
     for warning in sorted(said):
         tell(warning)
+
+
+def _families(mechanized: Sequence[Built]) -> list[list[Built]]:
+    """Return the optimizers, those together that are to be told as one, because there are many of a kind."""
+    kinds = [one.kind and (one.kind, any(one.learned_lr()) or _why_nothing(one)) for one in mechanized]
+    many = {kind for kind, count in Counter(kinds).items() if kind is not None and count > LISTED}
+    keys = [kind if kind in many else i for i, kind in enumerate(kinds)]
+    return [[mechanized[i] for i in which] for which in _alike(keys).values()]
+
+
+def _called(same: Sequence[Built], called: Mapping[Built, str]) -> str:
+    return called[same[0]] + (f" and {len(same) - 1} like it" if len(same) > 1 else "")
+
+
+def _row_of_many(same: Sequence[Built], called: Mapping[Built, str]) -> list[str]:
+    """Return the row of optimizers of one tensor each: how many, and from where to where they go."""
+    numbers = [[one.steps for one in same], [one.skipped_steps for one in same]]
+    script, learned = ([lr for one in same for lr in of(one)] for of in (lambda x: x.script_lrs, Built.learned_lr))
+    counts = (_from_to(values, str) for values in numbers)
+    return [_called(same, called), *counts, "0", _from_to(script, "{:.1e}".format), _from_to(learned, digit)]
+
+
+def _advice_for_many(same: Sequence[Built], called: Mapping[Built, str], trust: Sequence[Confidence]) -> str:
+    """Return the sentence that says how to go on without Mechanic, of optimizers of one tensor each."""
+    learned = [lr for one in same for lr in one.learned_lr()]
+    ends = _from_to(learned, digit)
+    if " to " in ends:
+        ends += f", one for each (half of them at {digit(median_low(learned))} or less),"
+    trends = Counter(one.trend for one in trust if one.trend in ("rising", "falling"))
+    remarks = [f"{count} of {len(same)} still {trend}" for trend, count in trends.items()]
+    few = [one.steps for one in trust if one.has_few_steps]
+    remarks += [f"only {_from_to(few, str)} step{'s' * (max(few) != 1)}"] if few else []
+    sentence = f"to train without Mechanic, use {same[0].base.__name__} with lr={ends} for {_called(same, called)}"
+    return "; ".join([sentence, "--report DIR lists each", *remarks])
+
+
+def _from_to(values: Sequence[Any], form: Callable[[Any], str]) -> str:
+    """Return the smallest and the largest, or what both are."""
+    return " to ".join(dict.fromkeys(map(form, (min(values), max(values)))))
 
 
 def say(line: str, console: Console | None = None) -> None:

@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,7 +36,17 @@ from mechanic_pytorch.scripts.live import LiveLine
 from mechanic_pytorch.scripts.losses import Losses
 from mechanic_pytorch.scripts.patch import Built, Patch, patching
 from mechanic_pytorch.scripts.plain import LearnedPatch, PlainPatch
-from mechanic_pytorch.scripts.report import CAPACITY, ROUGH, Record, names, say, show, write, write_json
+from mechanic_pytorch.scripts.report import (
+    CAPACITY,
+    LISTED,
+    ROUGH,
+    Record,
+    names,
+    say,
+    show,
+    write,
+    write_json,
+)
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
@@ -57,6 +68,7 @@ class ScriptPatch(Patch):
         self.live = LiveLine(live, self._now) if live and _rank() is None else None  # others would write across it
         self._over_world, self._log_every = over_world, log_every
         self._was_launched = _rank() is not None
+        self._of_kind: Counter[Hashable] = Counter()
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
         """Leave all plain in a script that makes processes by itself, because nothing mechanizes the others' part."""
@@ -79,13 +91,23 @@ class ScriptPatch(Patch):
         super().add(optimizer, one)
         if not (isinstance(optimizer, Mechanic) and reports()):
             return
-        count = len(optimizer.param_groups)
-        groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
-        say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        self._say_that_it_was_built(optimizer, one)
         if self._log_every:
             optimizer.register_step_post_hook(self._logging(one))
         if self.live:
             optimizer.register_step_post_hook(self._live)
+
+    def _say_that_it_was_built(self, optimizer: Mechanic, one: Built) -> None:
+        """Say it of the first few of those that a loop builds, one for each tensor."""
+        if one.kind is not None:
+            self._of_kind[one.kind] += 1
+            if self._of_kind[one.kind] > LISTED:
+                if self._of_kind[one.kind] == LISTED + 1:
+                    say(f"{one.described()}: more follow, one for each tensor; the report counts them")
+                return
+        count = len(optimizer.param_groups)
+        groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
+        say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
 
     def _logging(self, one: Built) -> Callable[..., None]:
         steps = itertools.count(1)
