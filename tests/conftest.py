@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 
 from device import DEVICE
+from forks import Python
 
 if DEVICE:
     settings.register_profile("gpu", deadline=None)  # what is compiled takes its time at first
@@ -23,6 +24,14 @@ def reproducible(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """A Python that has imported torch, which takes seconds: `forks.run` does what `python` does, in a fork of it."""
+    python = Python()
+    yield python
+    python.close()
 
 
 @pytest.fixture

@@ -18,17 +18,22 @@ class Python:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         self._server = subprocess.Popen([sys.executable, "-W", "error", __file__], env=environment, **pipes)
 
-    def run(self, arguments, directory, cwd=None):
+    def run(self, arguments, directory, **options):
         """Return what subprocess.run returns; the output passes through two files in the directory."""
         out, err = (str(directory / name) for name in ("stdout of the fork", "stderr of the fork"))
-        request = {"arguments": [*map(str, arguments)], "cwd": str(cwd or os.getcwd()), "out": out, "err": err}
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        status = os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
+        status = self.run_on(os.devnull, out, err, arguments, **options)
         texts = []
         for path in (out, err):
             with open(path, encoding="utf-8") as file:
                 texts.append(file.read())
         return subprocess.CompletedProcess(arguments, status, *texts)
+
+    def run_on(self, stdin, stdout, stderr, arguments, cwd=None, env=None):
+        """Return the exit status; the streams are paths, `env` has what is added to the environment."""
+        request = {"arguments": [*map(str, arguments)], "cwd": str(cwd or os.getcwd()), "env": env or {}}
+        request["streams"] = [stdin, stdout, stderr]
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        return os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
 
     def close(self):
         self._server.stdin.close()
@@ -46,18 +51,16 @@ def next_request():
     sys.exit()
 
 
-def redirect(out, err):
-    for number, path, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC),
-        (2, err, os.O_CREAT | os.O_WRONLY | os.O_TRUNC),
-    ):
-        file = os.open(path, flags)
+def redirect(streams):
+    for number, path in enumerate(streams):
+        flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC if number else os.O_RDONLY
+        file = os.open(path, flags | os.O_NOCTTY)
         os.dup2(file, number)
         os.close(file)
 
 
 if __name__ == "__main__":
+    import gc
     import runpy
     import warnings
 
@@ -66,10 +69,12 @@ if __name__ == "__main__":
     import rich.table  # noqa: F401
     import torch._dynamo  # noqa: F401  (which the first optimizer imports)
 
+    gc.freeze()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a process of more than one thread forks
         request = next_request()
-    redirect(request["out"], request["err"])
+    redirect(request["streams"])
+    os.environ.update(request["env"])
     os.chdir(request["cwd"])
     first, *sys.argv = request["arguments"]
     if first == "-m":

@@ -25,7 +25,6 @@ from matplotlib import image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from forks import Python
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
 from mechanic_pytorch.scripts import cli, environment
@@ -75,13 +74,6 @@ def python(*arguments, check=None, **options):
     done = subprocess.run(command, check=False, **options)
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
-
-
-@pytest.fixture(scope="session")
-def forks():
-    python = Python()
-    yield python
-    python.close()
 
 
 @pytest.fixture

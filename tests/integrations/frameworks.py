@@ -1,4 +1,4 @@
-"""What runs in the processes of test_frameworks.py: one small model, trained by the loop of one framework on two of them.
+"""What runs in the two processes of test_frameworks.py: one small model, trained by the loop of one framework.
 
 Each trains three epochs of four steps, from step FIRST on: 0 starts a new run, which saves after each epoch; another
 number resumes in a new process from what that run saved. The outcome of each process is written to DIRECTORY.
