@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -28,8 +29,16 @@ def reproducible(monkeypatch):
 
 @pytest.fixture(scope="session")
 def forks():
-    """A Python that has imported torch, which takes seconds: `forks.run` does what `python` does, in a fork of it."""
+    """A Python that has imported torch, which takes seconds: `forks.run` does what `python -W error` does, in forks."""
     python = Python()
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def forks_of_frameworks():
+    """The same with frameworks, which take seconds more, and with warnings, of which they have some."""
+    python = Python("lightning", "transformers.trainer", "peft", warnings="default")
     yield python
     python.close()
 
@@ -58,6 +67,10 @@ def triton_kernel(monkeypatch):
     yield kernel
     kernel._work.cache_clear()
     kernel._constants.cache_clear()
+
+
+def pytest_collection_finish():
+    gc.freeze()  # torch.compile collects often, and need not go through all that was imported
 
 
 def pytest_collection_modifyitems(items):

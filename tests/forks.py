@@ -11,12 +11,12 @@ import sys
 
 
 class Python:
-    """A Python with warnings as errors, and one thread."""
+    """A Python with one thread that has imported torch, and these packages."""
 
-    def __init__(self):
+    def __init__(self, *packages, warnings="error"):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-        self._server = subprocess.Popen([sys.executable, "-W", "error", __file__], env=environment, **pipes)
+        self._server = subprocess.Popen([sys.executable, "-W", warnings, __file__, *packages], env=environment, **pipes)
 
     def run(self, arguments, directory, **options):
         """Return what subprocess.run returns; the output passes through two files in the directory."""
@@ -61,6 +61,7 @@ def redirect(streams):
 
 if __name__ == "__main__":
     import gc
+    import importlib
     import runpy
     import warnings
 
@@ -69,9 +70,11 @@ if __name__ == "__main__":
     import rich.table  # noqa: F401
     import torch._dynamo  # noqa: F401  (which the first optimizer imports)
 
-    gc.freeze()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a process of more than one thread forks
+        warnings.simplefilter("ignore")  # what packages say, and that a process of more than one thread forks
+        for package in sys.argv[1:]:
+            importlib.import_module(package)
+        gc.freeze()  # else each fork would go through all that at its end
         request = next_request()
     redirect(request["streams"])
     os.environ.update(request["env"])

@@ -20,10 +20,9 @@ from mnist import write_digits_as_mnist
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
+def test_demo_prints_its_table_and_draws_its_picture(tmp_path, forks):
     output = tmp_path / "demo.png"
-    command = [sys.executable, "-W", "error", EXAMPLES / "demo.py", "--epochs", "2", "--output", output]
-    demo = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    demo = forks.run([EXAMPLES / "demo.py", "--epochs", "2", "--output", output], tmp_path)
     assert demo.returncode == 0, demo.stderr
 
     words = [line.split() for line in demo.stdout.splitlines()]
@@ -38,6 +37,7 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
     assert 10_000 < output.stat().st_size < 1_000_000
 
 
+@pytest.mark.xdist_group("frameworks")
 @pytest.mark.parametrize(
     ("name", "arguments", "pattern", "is_learned"),
     [
@@ -57,12 +57,12 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
         ),
     ],
 )
-def test_a_small_program_for_each_framework_learns_and_prints_its_lr(name, arguments, pattern, is_learned):
+def test_a_small_program_for_each_framework_learns_and_prints_its_lr(
+    name, arguments, pattern, is_learned, tmp_path, forks_of_frameworks
+):
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
-    command = [sys.executable, str(path), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, env=environment)
+    done = forks_of_frameworks.run([path, *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     found = re.search(pattern, done.stdout)
     assert found, done.stdout
