@@ -1,13 +1,33 @@
-"""Run `python -m module` or `python script.py` in a fork of a Python that has imported torch, which takes seconds.
+"""Forks of a Python that has imported torch, which takes seconds, where a test needs a new process.
 
-`Python` starts that Python, this file, once, and asks it for one fork after another. Each runs by the call that the
-interpreter itself makes for -m, and ends as the interpreter ends; none of our modules is imported before it.
+`Python` starts such a Python, this file, once, and asks it for one fork after another that runs `-m module` or a
+script. Each runs by the call that the interpreter itself makes for -m, and ends as the interpreter ends; none of our
+modules is imported before it. `torchrun` does without the interpreter's part: it calls a function.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import uuid
+
+# What multiprocessing's own server imports, from which torchrun() forks. It starts once: later packages come too late.
+OF_TORCH = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor.debug"]
+
+
+def torchrun(function, *arguments, output, packages=OF_TORCH):
+    """Call the function in two processes that start as with torchrun, but are forks; return what the first prints."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(packages)
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+    logs = DefaultLogsSpecs(log_dir=str(output), redirects=Std.ALL)
+    config = LaunchConfig(1, 1, 2, logs, max_restarts=0, start_method="forkserver", **rendezvous)
+    elastic_launch(config, function)(*arguments)
+    (first,) = output.glob(f"{config.run_id}_*/attempt_0/0/stdout.log")
+    return first.read_text(encoding="utf-8")
 
 
 class Python:

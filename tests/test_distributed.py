@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import layouts
+from forks import OF_TORCH
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one xdist worker: each world is started once
 
-OF_TORCH = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.distributed.tensor.debug"]
 TIED = ["fsdp2_tied_flat", "fsdp2_tied_nested"]  # two modules share a weight
 LAYOUTS = {
     2: ["ddp", "fsdp2", *TIED, "tp", "sequence_parallel", "fsdp1", "zero", "owners"],

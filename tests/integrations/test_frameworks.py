@@ -1,13 +1,12 @@
 """Training loops of other packages, on two real processes: equal to one process without them, and resumable."""
 
 import functools
-import multiprocessing
 
 import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import frameworks
+from forks import torchrun
 
 pytestmark = pytest.mark.xdist_group("frameworks")  # one xdist worker: each run is made once
 
@@ -21,8 +20,6 @@ def outcomes(tmp_path_factory):
     They start as with torchrun, but are forks of a process that has imported the frameworks, which takes seconds.
     """
     directory = tmp_path_factory.mktemp("frameworks")
-    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "frameworks"}
-    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=0, start_method="forkserver", **rendezvous)
 
     @functools.cache
     def launch(framework, first):
@@ -31,8 +28,7 @@ def outcomes(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("DS_ACCELERATOR", "cpu")
-            multiprocessing.get_context("forkserver").set_forkserver_preload(frameworks.PACKAGES)
-            elastic_launch(config, frameworks.main)(framework, directory, first)
+            torchrun(frameworks.main, framework, directory, first, output=directory, packages=frameworks.PACKAGES)
         files = [directory / f"{framework}-{first}-{rank}.pt" for rank in range(2)]
         return [torch.load(file, weights_only=False) for file in files]
 
