@@ -19,14 +19,17 @@ OF_TORCH = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
 def torchrun(function, *arguments, output, packages=OF_TORCH):
     """Call the function in two processes that start as with torchrun, but are forks; return what the first prints."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.utils.distributed import get_free_port
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(packages)
-    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+    name = uuid.uuid4().hex
+    rendezvous = {"rdzv_backend": "static", "rdzv_configs": {"rank": 0}}  # without --standalone: that takes seconds
+    rendezvous |= {"rdzv_endpoint": f"localhost:{get_free_port()}", "run_id": name}
     logs = DefaultLogsSpecs(log_dir=str(output), redirects=Std.ALL)
     config = LaunchConfig(1, 1, 2, logs, max_restarts=0, start_method="forkserver", **rendezvous)
     elastic_launch(config, function)(*arguments)
-    (first,) = output.glob(f"{config.run_id}_*/attempt_0/0/stdout.log")
+    (first,) = output.glob(f"{name}_*/attempt_0/0/stdout.log")
     return first.read_text(encoding="utf-8")
 
 
