@@ -178,7 +178,7 @@ class Watch(Patch):
 
     def facts_now(self, outcome: str) -> dict[str, Any]:
         """Return what the report holds beside the optimizers."""
-        seconds = round(time.monotonic() - self._start, 1)
+        seconds = round(time.monotonic() - self._start, 3)
         return {**self._facts, "outcome": outcome, "seconds": seconds, "processes": self.children.as_json()}
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
