@@ -29,14 +29,18 @@ effective lr above the largest before it: what is more is taken from the scale. 
 schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end, so the
 scale that pays best at the moment is too small: losses count half.
 
-**Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
-where k is `FOLLOW` while lr rests at its highest and `FOLLOW_MOVING` while it moves.
+**Floor** (`settle`). The search goes some R = max |D| far before it goes too far. From then on a step is at least
+R / (`SHARE` * sqrt(`REST` + n)) long: a part of the way that was worth going, less and less of it as n, the steps at a
+resting lr, grows. One at the part w of the highest lr counts as w^`RESTING` of a step, because a schedule that falls
+shortens steps by itself. The base's step is measured: |u| is an average over the last `RECENT` steps. So S is at least
 
-**Falls** (`settle`). A scale that has fallen to `LOST` of its largest was wrong, or its bets were about another
-problem. It goes on from `REGAINED` of its largest, or `REGAINED_MOVING` while lr moves, with empty vectors; that is the
-new s_init. If <D, g> there gets `RUNAWAY` times as large as when it fell, the weights run away, and it falls again.
-From the first fall on, `CEILING` times the largest effective lr before it is a ceiling. A step against it raises it by
-the part 1 / (steps since then).
+    R / (`SHARE` * sqrt(`REST` + n)) / |u|
+
+and that is the new s_init. Bets go on, from empty vectors, for more. When a scale that they have made larger falls to
+`FOUND` of its largest, that was a search, too: R is the farthest that D went, if it went farther than before.
+
+**Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
+where k is `FOLLOW`.
 
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
 max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
@@ -69,13 +73,12 @@ from mechanic_pytorch.kernels.arguments import Scales
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 LOWER = 1 - 1e-6  # of the highest lr, or of the largest scale: what is more is rounding
 LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; where it rests, 1
-FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
-LOST = 0.1  # of its largest: where a scale was wrong
+FOUND = 0.75  # of its largest, to which the scale has to fall for a search to be over
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
-RUNAWAY = 10.0  # times the loss of the last time, from which on the least scale was wrong, too
-REGAINED, REGAINED_MOVING = 0.2, 0.3  # of its largest, where it then goes on
-CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
-FOLLOW, FOLLOW_MOVING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
+SHARE, REST = 3.0, 40.0  # a step is at least this part of the farthest way: 1 / (SHARE * sqrt(REST + steps at rest))
+RESTING = 8  # the power of lr, as a part of the highest, as which a step at rest counts
+RECENT = 10.0  # steps, over which the length of the base's updates is averaged, once there are so many
+FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
 MOST_LR = 2.0**60  # the largest lr that a base is given
@@ -87,19 +90,21 @@ class Memory(NamedTuple):
 
     pace: Tensor  # |u| / lr of the first update
     longest: Tensor  # |x|
-    highest: Tensor  # lr
-    floor: Tensor  # s_init, times the highest lr
+    highest: Tensor  # lr; after the search, since its end
+    floor: Tensor  # s_init, times the highest lr: during the search that of the start, then what the scale is at least
     peak: Tensor  # the largest scale since it was last learned from empty vectors
     age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
-    loudest: Tensor  # the largest effective lr since the scale was last learned from empty vectors
-    ceiling: Tensor  # of the effective lr; 0 if there is none
-    loss: Tensor  # <D, g> where the scale was lost last; 0 if it gained there, or never was
+    loudest: Tensor  # the largest effective lr of the search
+    farthest: Tensor  # |D| since the scale was last learned from empty vectors
+    reach: Tensor  # |D| that a search has gone; 0 during the first
+    speed: Tensor  # |u| / lr of late
+    rest: Tensor  # steps at a resting lr since then
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, 0, -1, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -108,11 +113,10 @@ class Bet(NamedTuple):
     state: TunerState
     dots: Tensor  # the four sums of delta, shape (G, 4)
     params: TuneParams
-    measured: Tensor  # the four sums as they were measured
+    measured: Tensor  # the sums as they were measured
     lr: float | Tensor  # the largest of this step's; a number, or shape (G,)
     memory: Memory | None = None
     length: Tensor | None = None  # of the coming step, 1 unless it is shortened, shape (G,)
-    is_moving: Tensor | None = None  # whether a schedule moves lr, shape (G,)
 
 
 class Learned(NamedTuple):
@@ -122,6 +126,7 @@ class Learned(NamedTuple):
     memory: Memory | None = None
     length: Tensor | None = None  # of the step, shape (G,)
     follow: Tensor | None = None  # by what part of D x_ref follows the weights, shape (G,)
+    time: Tensor | None = None  # as what part of a step it counts, shape (G,)
     restarted: Tensor | None = None  # whether newcomers have made it begin again, shape (G,), if they may have
 
     def is_nonfinite(self) -> Tensor:
@@ -177,6 +182,8 @@ def times(factor: Tensor, state: TunerState) -> TunerState:
 def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor) -> Tensor:
     """Return by what the scale is to be multiplied because of what the schedule does, shape (G,).
 
+    After the search it is in proportion to 1 / (the highest lr), as the floor is.
+
     Args:
         memory: that of the last step.
         scale: that of the last step.
@@ -184,10 +191,17 @@ def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor)
         lr: the largest of this step's.
     """
     now = lr * scale
-    wins = (memory.age == 0) & (loss < 0) & (scale >= LOWER * memory.peak)
+    wins = (loss < 0) & (scale >= LOWER * memory.peak)
     least = torch.where(wins, memory.loudest, 0.0)
-    most = torch.where(memory.ceiling == 0, memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0), math.inf)
-    return torch.where(now > 0, now.clamp(least, most) / now, 1.0)
+    most = memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0)
+    change = torch.where(now > 0, now.clamp(least, most) / now, 1.0)
+    return torch.where(memory.age > 0, memory.highest / memory.highest.clamp_min(lr), change)
+
+
+def floor(memory: Memory) -> Tensor:
+    """Return the least effective lr at the highest lr, after a search, shape (G,)."""
+    share = SHARE * (REST + memory.rest).sqrt()
+    return memory.reach / (share * memory.speed.clamp_min(torch.finfo(memory.speed.dtype).tiny))
 
 
 def bet(
@@ -198,30 +212,37 @@ def bet(
     Args:
         state: the vectors, shape (G, n).
         memory: that of the last step.
-        dots: the four sums of D, shape (G, 4).
+        dots: `[<D, g>, <D, x>, |g|^2, |x|^2, |D|^2]`, shape (G, 5).
         lr: the largest of this step's.
         betas: of the options.
         s_decay: of the options.
     """
     change = of_schedule(memory, state.scales.sum(-1), dots[..., 0], lr)
     state = times(change, state)
-    scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
+    scale = state.scales.sum(-1)
+    g, x, way = dots[..., 2:].sqrt().unbind(-1)
     is_known = scale > 0
     held = torch.maximum(g, MOMENTUM * memory.momentum)
     shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
+    farthest = torch.maximum(memory.farthest, way)
     memory = memory._replace(
-        highest=highest, longest=longest, gradient=gradient, momentum=held, peak=change * memory.peak
+        highest=highest,
+        longest=longest,
+        gradient=gradient,
+        momentum=held,
+        farthest=farthest,
+        peak=change * memory.peak,
     )
     by = torch.where(is_known, shortened / scale, 0.0)
-    sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:]], -1)
+    sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:4]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor / highest, 0.0)
     loss_weight = torch.where(is_moving, LOSS_WEIGHT_MOVING, 1.0).to(decay)
     params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
-    return Bet(state, sums, params, dots, lr, memory, shortened, is_moving)
+    return Bet(state, sums, params, dots, lr, memory, shortened)
 
 
 def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
@@ -232,47 +253,63 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
         new: what `tune` has made of it.
         memory: that of the bet.
     """
-    old, lr, loss = bet.state, bet.lr, bet.measured[..., 0]
+    old, lr = bet.state, bet.lr
     tiny = torch.finfo(memory.highest.dtype).tiny
     time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
-    was_found, has_ceiling = memory.age > 0, memory.ceiling > 0
+    was_found = memory.age > 0
+    rest = torch.where(was_found, memory.rest + time**RESTING, 0.0)
     time = torch.where(was_found, time, time > 0)
     new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
     weight = time.unsqueeze(-1)
     new = TunerState(*(torch.lerp(a, b, weight) for a, b in zip(old, new, strict=True)))
+
+    # The floor of now, and the scale in proportion to it.
+    memory = memory._replace(rest=rest)
+    least = torch.where(was_found, floor(memory), memory.floor)
+    change = torch.where(was_found, least / memory.floor, 1.0)
+    new, peak = times(change, new), change * memory.peak
+    least_scale = torch.where(was_found, least / memory.highest, 0.0)
     scale = new.scales.sum(-1)
+    raised = torch.where(scale < least_scale, least_scale / scale, 1.0).unsqueeze(-1)
+    new, scale = new._replace(scales=raised * new.scales), torch.maximum(scale, least_scale)
 
-    effective = lr * scale
-    is_over = has_ceiling & (effective > memory.ceiling)
-    ceiling = torch.where(is_over, memory.ceiling * (1 + time / memory.age.clamp_min(1.0)), memory.ceiling)
-    factor = torch.where(is_over, ceiling / effective, 1.0).clamp_max(1.0)
-    new, scale = times(factor, new), factor * scale
-    loudest = torch.maximum(memory.loudest, lr * scale)
-
-    is_least = scale * memory.highest * LOWER <= memory.floor
-    runs_away = is_least & (memory.loss > 0) & (loss > RUNAWAY * memory.loss)
-    is_lost = (scale < LOST * memory.peak) | runs_away
-    is_found = was_found | (scale < FOUND * memory.peak)
-    assert bet.is_moving is not None
-    moving = bet.is_moving.to(scale)
-    regained = memory.peak * (REGAINED + moving * (REGAINED_MOVING - REGAINED))
-    fresh = evenly(regained, like=new)
-    new = either(is_lost, fresh, new)
-    lower = CEILING * loudest
-    lower = torch.where(has_ceiling, torch.minimum(ceiling, lower), lower)
-
-    age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
-    power = FOLLOW + moving * (FOLLOW_MOVING - FOLLOW)
-    follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
-    memory = memory._replace(
-        floor=torch.where(is_lost, regained * memory.highest, memory.floor),
-        peak=torch.where(is_lost, regained, torch.maximum(memory.peak, scale)),
-        age=torch.where(is_found, age, 0.0),
-        loudest=torch.where(is_lost, 0.0, loudest),
-        ceiling=torch.where(is_lost, lower, ceiling),
-        loss=torch.where(is_lost, loss.clamp_min(0.0), memory.loss),
+    # The end of a search.
+    is_over = scale < FOUND * peak
+    highest = torch.where(is_over & ~was_found, lr, memory.highest)
+    reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
+    rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
+    ended = memory._replace(reach=reach, rest=rest)
+    least = torch.where(is_over, floor(ended), least)
+    scale = torch.where(is_over, least / highest, scale)
+    new = either(is_over, evenly(scale, like=new), new)
+    age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
+    memory = ended._replace(
+        highest=highest,
+        floor=least,
+        peak=torch.where(is_over, scale, torch.maximum(peak, scale)),
+        age=age,
+        loudest=torch.maximum(memory.loudest, lr * scale),
+        farthest=torch.where(is_over, 0.0, memory.farthest),
     )
-    return Learned(new, memory, bet.length, follow)
+    follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
+    return Learned(new, memory, bet.length, follow, time)
+
+
+def moved(learned: Learned, update: Tensor, lr: float | Tensor) -> Memory:
+    """Return what is remembered once a step is made.
+
+    Args:
+        learned: of this step.
+        update: |u|, shape (G,).
+        lr: the largest of this step's.
+    """
+    memory, length, time = learned.memory, learned.length, learned.time
+    assert memory is not None
+    assert length is not None
+    assert time is not None
+    weight = time / memory.age.clamp(1.0, RECENT)
+    here = torch.lerp(memory.speed.square(), (length * update / lr).square(), weight).sqrt()
+    return memory._replace(speed=torch.where((memory.speed > 0) & (time > 0), here, memory.speed))
 
 
 def first_scale(
@@ -305,8 +342,8 @@ def first_scale(
     assert follow is not None
     g = bet.measured[..., 2].sqrt()
     pace, longest = update / bet.lr, torch.where(weights > 0, weights, 1.0)
-    floor = RELATIVE * longest / pace
-    scale = floor / memory.highest
+    least = RELATIVE * longest / pace
+    scale = least / memory.highest
     ratio = pace * memory.highest / longest
     is_usable = (g > 0) & torch.stack([pace, g, weights]).isfinite().all(0)
     seeks = (memory.pace == 0) & is_usable
@@ -315,12 +352,18 @@ def first_scale(
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, floor, none, none)
+    first = Memory(pace, longest, memory.highest, least, scale, none, g, g, least, none, none, pace, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
     again = again & begins
-    return Learned(state, memory, torch.where(again, 1.0, length), torch.where(again, 1.0, follow), again)
+    return learned._replace(
+        state=state,
+        memory=memory,
+        length=torch.where(again, 1.0, length),
+        follow=torch.where(again, 1.0, follow),
+        restarted=again,
+    )
 
 
 def evenly(scale: Tensor, like: TunerState) -> TunerState:
