@@ -91,7 +91,7 @@ class Memory(NamedTuple):
     pace: Tensor  # |u| / lr of the first update
     longest: Tensor  # |x|
     highest: Tensor  # lr; after the search, since its end
-    floor: Tensor  # s_init, times the highest lr: during the search that of the start, then what the scale is at least
+    floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
     peak: Tensor  # the largest scale since it was last learned from empty vectors
     age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
@@ -104,7 +104,7 @@ class Memory(NamedTuple):
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -174,15 +174,20 @@ def either(rows: Tensor, state: TunerState, other: TunerState) -> TunerState:
 
 
 def times(factor: Tensor, state: TunerState) -> TunerState:
-    """Return vectors whose scale is multiplied by a factor, shape (G,)."""
+    """Return vectors as if all gains had been larger by a factor, shape (G,), and with them the scale."""
     by = factor.unsqueeze(-1)
     return state._replace(reward=by * state.reward, scales=by * state.scales)
 
 
-def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor) -> Tensor:
-    """Return by what the scale is to be multiplied because of what the schedule does, shape (G,).
+def in_units(factor: Tensor, state: TunerState) -> TunerState:
+    """Return vectors as if all scales so far had been larger by a factor, shape (G,), and all else the same."""
+    by = factor.unsqueeze(-1)
+    m, v, reward, scales = state
+    return TunerState(m / by, v / by.square(), reward, by * scales)
 
-    After the search it is in proportion to 1 / (the highest lr), as the floor is.
+
+def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor) -> Tensor:
+    """Return by what the scale of a search is to be multiplied because of what the schedule does, shape (G,).
 
     Args:
         memory: that of the last step.
@@ -194,14 +199,13 @@ def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor)
     wins = (loss < 0) & (scale >= LOWER * memory.peak)
     least = torch.where(wins, memory.loudest, 0.0)
     most = memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0)
-    change = torch.where(now > 0, now.clamp(least, most) / now, 1.0)
-    return torch.where(memory.age > 0, memory.highest / memory.highest.clamp_min(lr), change)
+    return torch.where((memory.age == 0) & (now > 0), now.clamp(least, most) / now, 1.0)
 
 
 def floor(memory: Memory) -> Tensor:
-    """Return the least effective lr at the highest lr, after a search, shape (G,)."""
-    share = SHARE * (REST + memory.rest).sqrt()
-    return memory.reach / (share * memory.speed.clamp_min(torch.finfo(memory.speed.dtype).tiny))
+    """Return the least scale after a search, shape (G,)."""
+    update = memory.speed * memory.highest
+    return memory.reach / (SHARE * (REST + memory.rest).sqrt() * update.clamp_min(torch.finfo(update.dtype).tiny))
 
 
 def bet(
@@ -228,18 +232,20 @@ def bet(
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
     farthest = torch.maximum(memory.farthest, way)
+    start = torch.where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
     memory = memory._replace(
         highest=highest,
         longest=longest,
         gradient=gradient,
         momentum=held,
         farthest=farthest,
+        floor=torch.where(memory.age > 0, memory.floor, start),
         peak=change * memory.peak,
     )
     by = torch.where(is_known, shortened / scale, 0.0)
     sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:4]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
-    s_init = torch.where(is_known, memory.floor / highest, 0.0)
+    s_init = torch.where(is_known, memory.floor, 0.0)
     loss_weight = torch.where(is_moving, LOSS_WEIGHT_MOVING, 1.0).to(decay)
     params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
     return Bet(state, sums, params, dots, lr, memory, shortened)
@@ -267,24 +273,22 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     memory = memory._replace(rest=rest)
     least = torch.where(was_found, floor(memory), memory.floor)
     change = torch.where(was_found, least / memory.floor, 1.0)
-    new, peak = times(change, new), change * memory.peak
-    least_scale = torch.where(was_found, least / memory.highest, 0.0)
+    new, peak = in_units(change, new), change * memory.peak
     scale = new.scales.sum(-1)
-    raised = torch.where(scale < least_scale, least_scale / scale, 1.0).unsqueeze(-1)
-    new, scale = new._replace(scales=raised * new.scales), torch.maximum(scale, least_scale)
+    raised = torch.where(was_found & (scale < least), least / scale, 1.0)
+    new, scale = new._replace(scales=raised.unsqueeze(-1) * new.scales), raised * scale
 
     # The end of a search.
     is_over = scale < FOUND * peak
     highest = torch.where(is_over & ~was_found, lr, memory.highest)
     reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
     rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
-    ended = memory._replace(reach=reach, rest=rest)
-    least = torch.where(is_over, floor(ended), least)
-    scale = torch.where(is_over, least / highest, scale)
+    memory = memory._replace(highest=highest, reach=reach, rest=rest)
+    least = torch.where(is_over, floor(memory), least)
+    scale = torch.where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
     age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
-    memory = ended._replace(
-        highest=highest,
+    memory = memory._replace(
         floor=least,
         peak=torch.where(is_over, scale, torch.maximum(peak, scale)),
         age=age,
@@ -352,7 +356,7 @@ def first_scale(
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, least, scale, none, g, g, least, none, none, pace, none)
+    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
