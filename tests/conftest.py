@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hypothesis import settings
 
 from device import DEVICE
+from forks import Python
 
 if DEVICE:
     settings.register_profile("gpu", deadline=None)  # what is compiled takes its time at first
@@ -23,6 +25,22 @@ def reproducible(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """A Python that has imported torch, which takes seconds: `forks.run` does what `python -W error` does, in forks."""
+    python = Python()
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def forks_of_frameworks():
+    """The same with frameworks, which take seconds more, and with warnings, of which they have some."""
+    python = Python("lightning", "transformers.trainer", "peft", warnings="default")
+    yield python
+    python.close()
 
 
 @pytest.fixture
@@ -49,6 +67,10 @@ def triton_kernel(monkeypatch):
     yield kernel
     kernel._work.cache_clear()
     kernel._constants.cache_clear()
+
+
+def pytest_collection_finish():
+    gc.freeze()  # torch.compile collects often, and need not go through all that was imported
 
 
 def pytest_collection_modifyitems(items):

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.counting import Operations
 from mechanic_pytorch import mechanize
 
-STEPS, BATCH = 25, 8
+STEPS, BATCH = 15, 8
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"foreach": False}),  # tensor parallelism mixes DTensors and plain tensors

@@ -1,10 +1,7 @@
 """`mechanic compare SCRIPT`: as it is, mechanized, and plainly at the learned lr, side by side."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -36,21 +33,24 @@ print("the", "last", "line")
 print()
 """
 
-
-def compare(directory, *arguments):
-    (directory / "script.py").write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable, "-W", "error", "-m", "mechanic_pytorch", "compare", *arguments]
-    options = {
-        "cwd": directory,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
-        "timeout": 300,
-    }
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **options)
-    return done, json.loads(next(directory.rglob("compare.json")).read_text(encoding="utf-8"))
+of_one_comparison = pytest.mark.xdist_group("compare")  # one xdist worker: it is made once
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compare(forks):
+    """Return a function that compares in a directory; the runs are processes of their own, with warnings as errors."""
+
+    def compare(directory, *arguments):
+        (directory / "script.py").write_text(SCRIPT, encoding="utf-8")
+        command = ["-m", "mechanic_pytorch", "compare", *arguments]
+        done = forks.run(command, directory, cwd=directory, env={"PYTHONWARNINGS": "error"})
+        return done, json.loads(next(directory.rglob("compare.json")).read_text(encoding="utf-8"))
+
+    return compare
+
+
+@pytest.fixture(scope="module")
+def compared(compare, tmp_path_factory):
     directory = tmp_path_factory.mktemp("compare")
     done, result = compare(directory, "--seeds", "2", "-m", "script", "--epochs", "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -65,6 +65,7 @@ def cells(line):
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
+@of_one_comparison
 def test_the_three_runs_are_one_below_the_other(compared):
     done, result = compared
     assert result["command"] == ["-m", "script", "--epochs", "3"]
@@ -83,6 +84,7 @@ def test_the_three_runs_are_one_below_the_other(compared):
     assert "mechanic: to train without Mechanic, use AdamW with lr=" in done.stdout
 
 
+@of_one_comparison
 def test_the_last_run_has_the_lr_that_the_one_before_has_learned(compared):
     _, result = compared
     lrs = [run["optimizers"][0]["lr"] for run in result["runs"]]
@@ -92,6 +94,7 @@ def test_the_last_run_has_the_lr_that_the_one_before_has_learned(compared):
         assert learned[0] > 2e-3
 
 
+@of_one_comparison
 def test_losses_are_those_of_the_loop_and_the_last_one_is_the_mean_of_a_tenth(compared):
     _, result = compared
     for run in result["runs"]:
@@ -101,6 +104,7 @@ def test_losses_are_those_of_the_loop_and_the_last_one_is_the_mean_of_a_tenth(co
         assert run["optimizers"][0]["last_loss"] == pytest.approx(fmean(losses[-3:]))
 
 
+@of_one_comparison
 def test_runs_of_one_seed_begin_alike_and_those_of_two_do_not(compared):
     _, result = compared
     numbers = [json.loads(printed(run)[0]) for run in result["runs"]]
@@ -109,6 +113,7 @@ def test_runs_of_one_seed_begin_alike_and_those_of_two_do_not(compared):
     assert all(a != b for a, b in zip(numbers[0], numbers[3], strict=True)), "torch, NumPy, random and hash"
 
 
+@of_one_comparison
 def test_what_it_draws_is_where_it_says(compared):
     done, result = compared
     directory = Path(result["runs"][0]["directory"]).parents[1]
@@ -125,7 +130,7 @@ def test_what_it_draws_is_where_it_says(compared):
         ("MechanizedAdamW", [OK, "failed, exit status 3", NOT_RUN]),
     ],
 )
-def test_a_run_that_fails_is_shown_and_the_others_go_on(tmp_path, failing, ends):
+def test_a_run_that_fails_is_shown_and_the_others_go_on(compare, tmp_path, failing, ends):
     stale = tmp_path / "out" / "mechanized" / "0" / "report.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier comparison", encoding="utf-8")

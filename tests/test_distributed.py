@@ -1,11 +1,13 @@
 """Sharded and distributed training on real processes (gloo): the same scale, the same weights, on every layout."""
 
 import functools
+import multiprocessing
 
 import pytest
 import torch
 
 import layouts
+from forks import OF_TORCH
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one xdist worker: each world is started once
 
@@ -41,7 +43,11 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(directory):
-    """Return a function that gives the results of a job in each process of a world of that size."""
+    """Return a function that gives the results of a job in each process of a world of that size.
+
+    The processes are forks of one that has imported torch, which takes seconds.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(OF_TORCH)
 
     def jobs_of(size):
         jobs = [("trajectory", layout, base) for n, layout, base in TRAJECTORIES if n == size]
@@ -71,9 +77,8 @@ def world(directory):
             run(2)  # which saves what the others resume from
         out = directory / f"world{size}"
         out.mkdir()
-        torch.multiprocessing.spawn(
-            layouts.work, (size, str(directory / f"store{size}"), str(out), jobs_of(size)), nprocs=size
-        )
+        arguments = (size, str(directory / f"store{size}"), str(out), jobs_of(size))
+        torch.multiprocessing.start_processes(layouts.work, arguments, size, start_method="forkserver")
         return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
     def result(size, *job):

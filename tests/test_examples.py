@@ -1,5 +1,6 @@
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,15 +16,15 @@ from nbclient import NotebookClient
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
+from forks import torchrun
 from mnist import write_digits_as_mnist
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
+def test_demo_prints_its_table_and_draws_its_picture(tmp_path, forks):
     output = tmp_path / "demo.png"
-    command = [sys.executable, "-W", "error", EXAMPLES / "demo.py", "--epochs", "2", "--output", output]
-    demo = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    demo = forks.run([EXAMPLES / "demo.py", "--epochs", "2", "--output", output], tmp_path)
     assert demo.returncode == 0, demo.stderr
 
     words = [line.split() for line in demo.stdout.splitlines()]
@@ -38,6 +39,7 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
     assert 10_000 < output.stat().st_size < 1_000_000
 
 
+@pytest.mark.xdist_group("frameworks")
 @pytest.mark.parametrize(
     ("name", "arguments", "pattern", "is_learned"),
     [
@@ -57,12 +59,12 @@ def test_demo_prints_its_table_and_draws_its_picture(tmp_path):
         ),
     ],
 )
-def test_a_small_program_for_each_framework_learns_and_prints_its_lr(name, arguments, pattern, is_learned):
+def test_a_small_program_for_each_framework_learns_and_prints_its_lr(
+    name, arguments, pattern, is_learned, tmp_path, forks_of_frameworks
+):
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
-    command = [sys.executable, str(path), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, env=environment)
+    done = forks_of_frameworks.run([path, *arguments], tmp_path)
     assert done.returncode == 0, done.stderr
     found = re.search(pattern, done.stdout)
     assert found, done.stdout
@@ -95,49 +97,61 @@ def test_the_notebook_runs_from_top_to_bottom_and_is_stored_without_outputs(tmp_
     assert mechanized[0] > sweep[0]
 
 
+def run_script(path, arguments, data):
+    """What each process does that torchrun starts."""
+    os.environ["MECHANIC_DATA"] = str(data)
+    torch.set_num_threads(1)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 @pytest.mark.xdist_group("distributed")
 def test_fsdp2_goes_on_after_a_process_was_killed_as_if_nothing_had_happened(tmp_path):
     """On two processes. The text is English, but not Shakespeare's: the tests need no download."""
     data = tmp_path / "data" / "tinyshakespeare"
     data.mkdir(parents=True)
     shutil.copy(EXAMPLES.parent / "LICENSE", data / "input.txt")
-    environment = {**os.environ, "MECHANIC_DATA": str(data.parent), "OMP_NUM_THREADS": "1"}
+    script = EXAMPLES / "fsdp2.py"
+
+    def options(runs):
+        return ["--steps", "24", "--save-every", "4", "--checkpoints", str(runs)]
 
     def start(runs):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [str(EXAMPLES / "fsdp2.py"), "--steps", "24", "--save-every", "4", "--checkpoints", str(runs)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "MECHANIC_DATA": str(data.parent), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*command, str(script), *options(runs)], env=environment, **pipes)
 
-    def finish(process):
-        out, err = process.communicate(timeout=180)
-        assert process.returncode == 0, err
-        assert out.splitlines()[-1].startswith("step    23  loss "), err
+    def finish(runs):
+        """In forks, as all but the one that is killed."""
+        out = torchrun(run_script, script, options(runs), data.parent, output=tmp_path / "output")
+        assert out.splitlines()[-1].startswith("step    23  loss "), out
         return out.splitlines()
 
     def last_checkpoint(runs):
         dcp_to_torch_save(runs / "00000024", runs / "last.pt")
         return torch.load(runs / "last.pt", weights_only=False)
 
-    uninterrupted = finish(start(tmp_path / "uninterrupted"))
+    uninterrupted = finish(tmp_path / "uninterrupted")
     assert uninterrupted[0].startswith("step     0  loss ")
 
     interrupted = tmp_path / "interrupted"
-    torchrun = start(interrupted)
+    launcher = start(interrupted)
     deadline = time.monotonic() + 120
     while not (interrupted / "00000004" / ".metadata").exists():
-        assert torchrun.poll() is None, torchrun.communicate()
+        assert launcher.poll() is None, launcher.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    workers = psutil.Process(torchrun.pid).children(recursive=True)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
     next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
-    _, err = torchrun.communicate(timeout=180)
-    assert torchrun.returncode != 0
+    _, err = launcher.communicate(timeout=180)
+    assert launcher.returncode != 0
     assert "SIGKILL" in err
     assert not (interrupted / "00000024").exists(), "was killed too late"
     shutil.copytree(interrupted / "00000004", interrupted / "00000023", dirs_exist_ok=True)
     (interrupted / "00000023" / ".metadata").unlink()  # as if it had been killed while it wrote this one
 
-    assert finish(start(interrupted)) == uninterrupted[1:]
+    assert finish(interrupted) == uninterrupted[1:]
     expected, resumed = last_checkpoint(tmp_path / "uninterrupted"), last_checkpoint(interrupted)
     compared = {"model": 0, "optimizer": 0, "schedule": 0}
     for (path, value), (other_path, other) in zip(*map(tree_leaves_with_path, (expected, resumed)), strict=True):

@@ -5,13 +5,10 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
+import threading
 
 import pytest
-
-from helpers import environment_of_tests
 
 ROWS, COLUMNS = 24, 90
 LINE = re.compile(r"mechanic: AdamW, step (\d+): effective lr \d\.\d\de[-+]\d\d")
@@ -103,29 +100,41 @@ class Screen:
             self.seen.append("\n".join(self.lines))
 
 
-def on_a_terminal(script, *options):
-    """Return what `mechanic run` writes to a terminal, at which somebody answers to "who? "."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    environment = {**environment_of_tests(), "TERM": "xterm"}
-    command = [sys.executable, "-m", "mechanic_pytorch", "run", *options, str(script)]
-    written = b""
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+@pytest.fixture
+def on_a_terminal(forks):
+    """Return a function that gives what `mechanic run` writes to a terminal, at which somebody answers to "who? "."""
+
+    def on_a_terminal(script, *options):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        terminal = [os.ttyname(theirs)] * 3
+        command = ["-m", "mechanic_pytorch", "run", *options, script]
+        written = []
+        reader = threading.Thread(target=written.extend, args=[read_and_answer(ours)])
+        reader.start()
+        status = forks.run_on(*terminal, command, env={"TERM": "xterm"})
         os.close(theirs)
-        try:
-            while part := os.read(ours, 65536):
-                written += part
-                if part.endswith(b"who? "):
-                    os.write(ours, b"Ann\n")
-        except OSError:  # so Linux says that nobody writes any more
-            pass
-    os.close(ours)
-    assert process.returncode == 0, written.decode()
-    return written.decode()
+        reader.join()
+        os.close(ours)
+        text = b"".join(written).decode()
+        assert status == 0, text
+        return text
+
+    return on_a_terminal
+
+
+def read_and_answer(terminal):
+    try:
+        while part := os.read(terminal, 65536):
+            yield part
+            if part.endswith(b"who? "):
+                os.write(terminal, b"Ann\n")
+    except OSError:  # so Linux says that nobody writes any more
+        pass
 
 
 @pytest.fixture
-def shown(tmp_path):
+def shown(tmp_path, on_a_terminal):
     """Return a function that runs a script with a line that changes at every step, and gives the screen."""
 
     def show(code, *options):
@@ -159,7 +168,7 @@ def test_a_progress_bar_stays_and_is_drawn_over(shown):
     assert bar.startswith("bar: 100%|")
 
 
-def test_a_script_that_moves_the_cursor_itself_ends_the_line(tmp_path):
+def test_a_script_that_moves_the_cursor_itself_ends_the_line(tmp_path, on_a_terminal):
     path = tmp_path / "moves.py"
     path.write_text(TRAINING + MOVES, encoding="utf-8")
     before, after = on_a_terminal(path, "--live", "0.001").split("\x1b[1;1H")

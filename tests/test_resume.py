@@ -39,6 +39,7 @@ def resumed(tmp_path_factory):
     return directory, uninterrupted
 
 
+@pytest.mark.xdist_group("resume")  # one xdist worker: all are resumed once
 @pytest.mark.parametrize("name", CASES)
 def test_resume_in_a_new_process_is_bit_exact(name, resumed):
     directory, uninterrupted = resumed

@@ -25,7 +25,6 @@ from matplotlib import image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from forks import Python
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
 from mechanic_pytorch.scripts import cli, environment
@@ -75,13 +74,6 @@ def python(*arguments, check=None, **options):
     done = subprocess.run(command, check=False, **options)
     assert check is None or done.returncode == check, done.stdout + done.stderr
     return done
-
-
-@pytest.fixture(scope="session")
-def forks():
-    python = Python()
-    yield python
-    python.close()
 
 
 @pytest.fixture
@@ -304,16 +296,18 @@ print(__main__.Thing is Thing, type(pickle.loads(pickle.dumps(Thing()))) is Thin
 @pytest.mark.parametrize(
     "call", [["a/script.py"], ["-m", "a.script"], ["-m", "a"], ["a"]], ids=["script", "module", "package", "directory"]
 )
-def test_a_script_finds_the_surroundings_that_python_gives_it(script, tmp_path, call, safe):
+def test_a_script_finds_the_surroundings_that_python_gives_it(script, run, tmp_path, call, safe):
     for name in ("script", "__main__"):
         script(SURROUNDINGS, f"a/{name}.py")
     script("", "a/neighbour.py")
     script("", "neighbour.py")
     call = [*call, "--epochs", "3", "--help", "--", "-m"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"PYTHONSAFEPATH": "1"} if safe else {}
-    plain = python(*call, cwd=tmp_path, env=environment, check=0)
-    ours = python(*COMMAND, *call, cwd=tmp_path, env=environment, check=0)
+    if safe:  # which Python must know when it starts
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, "check": 0}
+        plain, ours = python(*call, **options), python(*COMMAND, *call, **options)
+    else:
+        plain, ours = python(*call, cwd=tmp_path, check=0), run(*COMMAND, *call, cwd=tmp_path)
     if call[0] == "a":  # runpy makes the name of a directory absolute
         assert ours.stdout.count(f"['{tmp_path / 'a'}', '--epochs'") == 1
         assert ours.stdout.replace(f"['{tmp_path / 'a'}', '--epochs'", "['a', '--epochs'") == plain.stdout

@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 UNLISTED = {"Mechanic.mechanic_config", "Mechanic.mechanic_tuner"}  # how it is made, not what it does
 
-pytestmark = pytest.mark.skipif(
-    not (DOCS / "step_cost.png").exists(), reason="a source distribution has no pictures, so links to them are dead"
-)
+pytestmark = [
+    pytest.mark.xdist_group("site"),  # one xdist worker: it is built once
+    pytest.mark.skipif(
+        not (DOCS / "step_cost.png").exists(), reason="a source distribution has no pictures, so links to them are dead"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

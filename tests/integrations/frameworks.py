@@ -1,15 +1,11 @@
-"""What torchrun starts for test_frameworks.py: one small model, trained by the loop of one framework on two processes.
-
-    torchrun --nproc-per-node 2 frameworks.py FRAMEWORK DIRECTORY FIRST
+"""What runs in the two processes of test_frameworks.py: one small model, trained by the loop of one framework.
 
 Each trains three epochs of four steps, from step FIRST on: 0 starts a new run, which saves after each epoch; another
 number resumes in a new process from what that run saved. The outcome of each process is written to DIRECTORY.
 """
 
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +17,7 @@ import layouts
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
 
+PACKAGES = ["accelerate", "deepspeed", "lightning", "torch.distributed.fsdp", "transformers.trainer"]
 EPOCHS, EPOCH_STEPS, STEPS, SHARE = 3, 4, 12, 4  # two processes take four samples each
 OPTIONS = {"s_decay": 0.1, "s_init": 1e-4}
 BASE = {"lr": 1.0, "weight_decay": 0.0}  # the Trainer decays some parameters only
@@ -325,11 +322,7 @@ def main(framework, directory, first):
     torch.set_num_threads(1)
     if framework == "refusals":
         dist.init_process_group("gloo")
-    results = {run.__name__: run(Path(directory, run.__name__), int(first)) for run in FRAMEWORKS[framework]}
-    torch.save(results, Path(directory, f"{framework}-{first}-{os.environ['RANK']}.pt"))
+    results = {run.__name__: run(directory / run.__name__, first) for run in FRAMEWORKS[framework]}
+    torch.save(results, directory / f"{framework}-{first}-{os.environ['RANK']}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -8,8 +8,8 @@ import json
 import pickle
 import pydoc
 import re
-import subprocess
 import sys
+import textwrap
 
 import cloudpickle
 import hydra.utils
@@ -23,7 +23,6 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 import mechanic_pytorch.optim
-from helpers import environment_of_tests
 from mechanic_pytorch import is_mechanized, mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import loss_of, mlp, train
@@ -50,9 +49,17 @@ def expected():
     return losses
 
 
-def in_a_new_process(code, *arguments):
-    command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, check=True, env=environment_of_tests())
+@pytest.fixture
+def in_a_new_process(forks, tmp_path):
+    """Return a function that runs code which imports what tests import."""
+
+    def run(code, *arguments):
+        script = tmp_path / "code.py"
+        script.write_text(f"import sys; sys.path[:] = {sys.path}\n{textwrap.dedent(code)}", encoding="utf-8")
+        done = forks.run([script, *arguments], tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -78,7 +85,7 @@ def test_a_wrong_name_is_told_as_wrong(name):
         hydra.utils.get_class(name)
 
 
-def test_the_name_resolves_in_a_new_process():
+def test_the_name_resolves_in_a_new_process(in_a_new_process):
     code = f"import pydoc; from mechanic_pytorch import Mechanic; assert issubclass(pydoc.locate({NAME!r}), Mechanic)"
     in_a_new_process(code)
 
@@ -386,9 +393,9 @@ def test_jsonargparse_refuses_mistakes(arguments, message):
         new_parser().parse_args(arguments)
 
 
-def test_the_short_name_still_means_the_plain_class():
+def test_the_short_name_still_means_the_plain_class(in_a_new_process):
     """jsonargparse lets `AdamW` stand for the one subclass of that name: ours must not be a second one."""
-    code = f"""if True:
+    code = f"""
         import mechanic_pytorch.optim
         import jsonargparse, torch
         cls = {NAME}
@@ -409,14 +416,14 @@ MECHANIZED = {
 
 
 @pytest.mark.parametrize("name", MECHANIZED)
-def test_cloudpickle_takes_class_and_instance_to_a_new_process(name, tmp_path):
+def test_cloudpickle_takes_class_and_instance_to_a_new_process(name, tmp_path, in_a_new_process):
     """The class as the call that makes it, as pickle does: it is the one that `mechanize` returns there."""
     cls = MECHANIZED[name]
     model = mlp()
     optimizer = cls(model.parameters(), lr=1.0)
     train(model, optimizer, STEPS)
     (tmp_path / "there.pickle").write_bytes(cloudpickle.dumps((cls, model, optimizer)))
-    code = """if True:
+    code = """
         import pickle, sys, torch
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)

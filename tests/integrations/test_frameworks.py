@@ -1,14 +1,12 @@
 """Training loops of other packages, on two real processes: equal to one process without them, and resumable."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import frameworks
-from helpers import environment_of_tests
+from forks import torchrun
 
 pytestmark = pytest.mark.xdist_group("frameworks")  # one xdist worker: each run is made once
 
@@ -17,19 +15,21 @@ RUNS = [(name, run.__name__) for name, runs in frameworks.FRAMEWORKS.items() for
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """Return a function that gives what each of two processes had learned at the end."""
+    """Return a function that gives what each of two processes had learned at the end.
+
+    They start as with torchrun, but are forks of a process that has imported the frameworks, which takes seconds.
+    """
     directory = tmp_path_factory.mktemp("frameworks")
 
     @functools.cache
     def launch(framework, first):
         if first:
             launch(framework, 0)  # which saves what the other resumes from
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [frameworks.__file__, framework, str(directory), str(first)]
-        environment = environment_of_tests(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("DS_ACCELERATOR", "cpu")
+            torchrun(frameworks.main, framework, directory, first, output=directory, packages=frameworks.PACKAGES)
         files = [directory / f"{framework}-{first}-{rank}.pt" for rank in range(2)]
-        assert all(file.exists() for file in files), done.stdout + done.stderr
         return [torch.load(file, weights_only=False) for file in files]
 
     return lambda framework, run, first: [results[run] for results in launch(framework, first)]

@@ -70,13 +70,13 @@ def test_the_trainer_of_hugging_face(tmp_path):
         assert model(row[None], labels=row[None]).loss.item() < first / 2
 
 
-def test_a_script_of_lightning(tmp_path):
+@pytest.mark.xdist_group("frameworks")
+def test_a_script_of_lightning(tmp_path, forks_of_frameworks):
     path = tmp_path / "script.py"
     path.write_text(LIGHTNING, encoding="utf-8")
 
     def loss(*arguments):
-        command = [sys.executable, *arguments, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+        done = forks_of_frameworks.run([*arguments, path], tmp_path, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return float(re.search(r"^loss (\S+)$", done.stdout, re.MULTILINE)[1]), done.stderr
 

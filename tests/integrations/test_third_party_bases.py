@@ -138,6 +138,7 @@ def test_it_trains_from_any_of_these_bases(name):
     assert optimizer.scale > 0
 
 
+@pytest.mark.xdist_group("third-party bases")  # one xdist worker: all are resumed once
 @pytest.mark.parametrize("name", CASES)
 def test_resume_in_a_new_process_is_bit_exact(name, resumed):
     directory, uninterrupted = resumed
