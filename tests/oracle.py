@@ -59,7 +59,7 @@ class AutoOracle:
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
         self.reference = [None for _ in self.x]  # until it takes part
         self.pace, self.highest, self.longest = None, 0.0, 0.0
-        self.ends = []  # why bets began anew: "search", "farther", "lost"
+        self.ends = 0  # of searches
         self.begun = 0  # how often
 
     def step(self, g, lr):
@@ -104,7 +104,6 @@ class AutoOracle:
         self.m, self.v, self.r = np.zeros((3, len(self.beta)))
         self.s = np.full(len(self.beta), scale / len(self.beta))
         self.peak, self.farthest, self.time = scale, 0.0, 1.0
-        self.losses = self.squares = 0.0
 
     def least(self):
         return self.reach / (3 * np.sqrt(40 + self.rest) * self.speed * self.highest)
@@ -130,8 +129,7 @@ class AutoOracle:
             self.start *= self.highest / highest
         self.highest = highest
         decay = self.unit * self.s_decay * self.pace * highest / self.longest
-        won = length * (way @ g) / self.s.sum()
-        h = won + length * decay * norm(g) * (way @ x) / norm(x)
+        h = length * (way @ g / self.s.sum() + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
         gain = -self.s * h
         r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & moves, gain / 2, gain))
@@ -145,15 +143,12 @@ class AutoOracle:
             self.rest += w**8
             self.unit = self.least()
             self.s *= max(1.0, 1 / self.s.sum())
-            self.losses, self.squares = self.losses + w * won, self.squares + w * won**2
-        is_lost, has_gone = self.losses > 5 * np.sqrt(self.squares), self.s.sum() < 0.75 * self.peak
-        if is_lost or has_gone:
-            self.ends.append("lost" if is_lost else "farther" if self.is_found else "search")
+        if self.s.sum() < 0.75 * self.peak and (not self.is_found or self.peak > 4):
+            self.ends += 1
             if not self.is_found:
                 self.highest = lr
-            reach = self.reach / 2 if is_lost else max(self.reach, self.farthest)
-            if not is_lost:
-                self.rest *= (self.reach / reach) ** 2
+            reach = max(self.reach, self.farthest)
+            self.rest *= (self.reach / reach) ** 2
             self.reach, self.is_found = reach, True
             self.unit = self.least()
             self.bet_anew(1.0)
@@ -161,9 +156,13 @@ class AutoOracle:
             self.peak = max(self.peak, self.s.sum())
             self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
             self.time += w * self.is_found
+            if self.is_found and self.s.sum() <= 1 + 1e-6:
+                self.peak, self.farthest = self.s.sum(), 0.0
         if self.is_found:
             for i in here:
-                self.reference[i] = self.reference[i] + w * 0.3 / (self.time + 0.3 + 7) * (self.x[i] - self.reference[i])
+                self.reference[i] = self.reference[i] + w * 0.3 / (self.time + 0.3 + 7) * (
+                    self.x[i] - self.reference[i]
+                )
         return length
 
 

@@ -36,9 +36,8 @@ shortens steps by itself. The base's step is measured: |u| is an average over th
 
     R / (`SHARE` * sqrt(`REST` + n)) / |u|
 
-and that is the new s_init. Bets go on, from empty vectors, for more. When a scale that they have made larger falls to
-`FOUND` of its largest, that was a search, too: R is the farthest that D went, if it went farther than before. And when
-the bets have lost by `LOST` standard deviations since they began, sum(h) > `LOST` * sqrt(sum(h^2)), R is halved.
+and that is the new s_init. Bets go on, from empty vectors, for more. Where they raise the scale above `FARTHER` times
+its floor, that is a search again, until it has fallen to `FOUND` of its largest. R is the farthest of all.
 
 **Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
 where k is `FOLLOW`.
@@ -78,7 +77,7 @@ FOUND = 0.75  # of its largest, to which the scale has to fall for a search to b
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
 SHARE, REST = 3.0, 40.0  # a step is at least this part of the farthest way: 1 / (SHARE * sqrt(REST + steps at rest))
 RESTING = 8  # the power of lr, as a part of the highest, as which a step at rest counts
-LOST = 5.0  # standard deviations by which bets lose where the floor is too high
+FARTHER = 4.0  # times the floor, to which the scale has to rise for its fall to be the end of a search
 RECENT = 10.0  # steps, over which the length of the base's updates is averaged, once there are so many
 FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
@@ -94,21 +93,19 @@ class Memory(NamedTuple):
     longest: Tensor  # |x|
     highest: Tensor  # lr; after the search, since its end
     floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
-    peak: Tensor  # the largest scale since it was last learned from empty vectors
+    peak: Tensor  # the largest scale since a search began: at the start, or where it was last at its floor
     age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
     loudest: Tensor  # the largest effective lr of the search
-    farthest: Tensor  # |D| since the scale was last learned from empty vectors
-    reach: Tensor  # |D| that a search has gone; 0 during the first
+    farthest: Tensor  # |D| since then
+    reach: Tensor  # the farthest |D| of all searches; 0 during the first
     speed: Tensor  # |u| / lr of late
-    rest: Tensor  # steps at a resting lr since then
-    losses: Tensor  # the sum of h since the scale was last learned from empty vectors, after the search
-    squares: Tensor  # that of h^2
+    rest: Tensor  # steps at a resting lr since the first
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -282,29 +279,23 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     raised = torch.where(was_found & (scale < least), least / scale, 1.0)
     new, scale = new._replace(scales=raised.unsqueeze(-1) * new.scales), raised * scale
 
-    # The end of a search, and of a floor that was too high.
-    h = bet.dots[..., 0] / change
-    losses = torch.where(was_found, memory.losses / change + time * h, 0.0)
-    squares = torch.where(was_found, memory.squares / change.square() + time * h.square(), 0.0)
-    is_lost, has_gone = losses > LOST * squares.sqrt(), scale < FOUND * peak
-    is_over = is_lost | has_gone
+    # The end of a search.
+    is_over = (scale < FOUND * peak) & (~was_found | (peak > FARTHER * least))
     highest = torch.where(is_over & ~was_found, lr, memory.highest)
-    farther = torch.where(has_gone, torch.maximum(memory.reach, memory.farthest), memory.reach)
-    reach = torch.where(is_lost, memory.reach / 2, farther)
-    rest = torch.where(has_gone & ~is_lost, rest * (memory.reach / reach).square(), rest)
+    reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
+    rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
     memory = memory._replace(highest=highest, reach=reach, rest=rest)
     least = torch.where(is_over, floor(memory), least)
     scale = torch.where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
     age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
+    begins = is_over | (was_found & (scale <= least / LOWER))
     memory = memory._replace(
         floor=least,
-        peak=torch.where(is_over, scale, torch.maximum(peak, scale)),
+        peak=torch.where(begins, scale, torch.maximum(peak, scale)),
         age=age,
         loudest=torch.maximum(memory.loudest, lr * scale),
-        farthest=torch.where(is_over, 0.0, memory.farthest),
-        losses=torch.where(is_over, 0.0, losses),
-        squares=torch.where(is_over, 0.0, squares),
+        farthest=torch.where(begins, 0.0, memory.farthest),
     )
     follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
     return Learned(new, memory, bet.length, follow, time)
@@ -367,7 +358,7 @@ def first_scale(
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, none, none)
+    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
