@@ -81,7 +81,9 @@ class AutoOracle:
         if self.pace is not None and lr > 0:
             now, n = length * norm(flat([u[i] for i in here])) / lr, min(max(self.time, 1.0), 10.0)
             w = lr / self.highest if self.is_found else 1.0
-            self.speed = np.sqrt((1 - w / n) * self.speed**2 + w / n * now**2)
+            if now > 0:
+                self.speed = np.sqrt((1 - w / n) * self.speed**2 + w / n * now**2)
+                self.stride = max((1 - 0.01 * w) * self.stride, now)
         self.x = [xi + self.scale * length * ui for xi, ui in zip(self.x, u, strict=True)]
 
     @property
@@ -91,7 +93,7 @@ class AutoOracle:
     def begin(self, x, g, pace):
         self.begun += 1
         self.reference = [None if at is None else xi for at, xi in zip(self.reference, self.x, strict=True)]
-        self.pace = self.speed = pace
+        self.pace = self.speed = self.stride = pace
         self.usual = self.held = norm(g)
         self.longest = norm(x) or 1.0
         self.loudest = 1e-3 * self.longest / pace  # effective lr
@@ -106,7 +108,7 @@ class AutoOracle:
         self.peak, self.farthest, self.time = scale, 0.0, 1.0
 
     def least(self):
-        return self.reach / (3 * np.sqrt(40 + self.rest) * self.speed * self.highest)
+        return self.reach / (3 * np.sqrt(40 + self.rest) * max(self.speed, self.stride / 20) * self.highest)
 
     def learn(self, here, g, lr):
         x, reference = (flat([values[i] for i in here]) for values in (self.x, self.reference))

@@ -32,7 +32,8 @@ scale that pays best at the moment is too small: losses count half.
 **Floor** (`settle`). The search goes some R = max |D| far before it goes too far. From then on a step is at least
 R / (`SHARE` * sqrt(`REST` + n)) long: a part of the way that was worth going, less and less of it as n, the steps at a
 resting lr, grows. One at the part w of the highest lr counts as w^`RESTING` of a step, because a schedule that falls
-shortens steps by itself. The base's step is measured: |u| is an average over the last `RECENT` steps. So S is at least
+shortens steps by itself. The base's step is measured: |u| is an average over the last `RECENT` steps, but at least 1/`SHORTEST` of the longest of
+late, because what is short for a while may be long again; updates of 0 do not count. So S is at least
 
     R / (`SHARE` * sqrt(`REST` + n)) / |u|
 
@@ -82,6 +83,7 @@ RECENT = 10.0  # steps, over which the length of the base's updates is averaged,
 FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
+SHORTEST = 20.0  # of the longest update of late: how much less |u| is taken for at least
 MOST_LR = 2.0**60  # the largest lr that a base is given
 MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
 
@@ -102,10 +104,11 @@ class Memory(NamedTuple):
     reach: Tensor  # the farthest |D| of all searches; 0 during the first
     speed: Tensor  # |u| / lr of late
     rest: Tensor  # steps at a resting lr since the first
+    stride: Tensor  # the longest |u| / lr of late
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -205,7 +208,7 @@ def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor)
 
 def floor(memory: Memory) -> Tensor:
     """Return the least scale after a search, shape (G,)."""
-    update = memory.speed * memory.highest
+    update = torch.maximum(memory.speed, memory.stride / SHORTEST) * memory.highest
     return memory.reach / (SHARE * (REST + memory.rest).sqrt() * update.clamp_min(torch.finfo(update.dtype).tiny))
 
 
@@ -280,10 +283,10 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     new, scale = new._replace(scales=raised.unsqueeze(-1) * new.scales), raised * scale
 
     # The end of a search.
-    is_over = (scale < FOUND * peak) & (~was_found | (peak > FARTHER * least))
+    is_over = (scale < FOUND * peak) & (memory.farthest > 0) & (~was_found | (peak > FARTHER * least))
     highest = torch.where(is_over & ~was_found, lr, memory.highest)
     reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
-    rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
+    rest = torch.where(is_over, rest * (memory.reach / reach.clamp_min(tiny)).square(), rest)
     memory = memory._replace(highest=highest, reach=reach, rest=rest)
     least = torch.where(is_over, floor(memory), least)
     scale = torch.where(is_over, least, scale)
@@ -313,9 +316,13 @@ def moved(learned: Learned, update: Tensor, lr: float | Tensor) -> Memory:
     assert memory is not None
     assert length is not None
     assert time is not None
-    weight = time / memory.age.clamp(1.0, RECENT)
-    here = torch.lerp(memory.speed.square(), (length * update / lr).square(), weight).sqrt()
-    return memory._replace(speed=torch.where((memory.speed > 0) & (time > 0), here, memory.speed))
+    counts = (memory.speed > 0) & (time > 0) & (update > 0)
+    here, weight = length * update / lr, time / memory.age.clamp(1.0, RECENT)
+    speed = torch.lerp(memory.speed.square(), here.square(), weight).sqrt()
+    stride = torch.maximum(memory.stride * (1 - time * (1 - LATE)), here)
+    return memory._replace(
+        speed=torch.where(counts, speed, memory.speed), stride=torch.where(counts, stride, memory.stride)
+    )
 
 
 def first_scale(
@@ -358,7 +365,7 @@ def first_scale(
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none)
+    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, pace)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
