@@ -6,7 +6,7 @@ A step is the base's own, S times as long, and nothing else:
 
 S is learned by the bets of Algorithm 1 (`tune`), on D = x - x_ref, the way that the weights have really gone: with
 delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two steps is in D. This file is
-what happens before `tune` (`bet`) and after it (`settle`): eight rules that replace the constants of Algorithm 1. They
+what happens before `tune` (`bet`) and after it (`settle`): nine rules that replace the constants of Algorithm 1. They
 are pure functions of numbers, one for each tuner. docs/safety.md gives the reasons, docs/design-notes.md what the
 constants were chosen on.
 
@@ -16,13 +16,13 @@ counted in |u| / (the longest |x| so far), and eps is 0. Multiplying all updates
 no base lr matters. The scale stays 0 until the first nonzero update and gradient. Under a warm-up |u| is rescaled to
 the largest lr.
 
-**Time** (`settle`). A step whose lr is the part w of the largest so far counts as the part w of a step: the new vectors
-are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND` of its
-largest, w is 1, because the schedule may be over soon.
+**Time** (`settle`). A step whose lr is the part w of the largest since the search counts as the part w of a step: the
+new vectors are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND`
+of its largest, w is 1, because the schedule may be over soon.
 
 **Schedule** (`of_schedule`). The search finds the largest effective lr that wins, whatever the schedule does meanwhile:
-as long as bets win, the scale makes up for an lr that falls. And until a scale was lost, no schedule raises the
-effective lr above the largest before it: what is more is taken from the scale. A warm-up may, but not by more than
+as long as bets win, the scale makes up for an lr that falls. And no schedule raises the effective lr above the largest
+before it: what is more is taken from the scale. A warm-up may, but not by more than
 `FASTEST` times in a step, as an lr would that is set by hand from 1e-8 to 1.
 
 **Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. A
@@ -32,13 +32,17 @@ scale that pays best at the moment is too small: losses count half.
 **Floor** (`settle`). The search goes some R = max |D| far before it goes too far. From then on a step is at least
 R / (`SHARE` * sqrt(`REST` + n)) long: a part of the way that was worth going, less and less of it as n, the steps at a
 resting lr, grows. One at the part w of the highest lr counts as w^`RESTING` of a step, because a schedule that falls
-shortens steps by itself. The base's step is measured: |u| is an average over the last `RECENT` steps, but at least 1/`SHORTEST` of the longest of
-late, because what is short for a while may be long again; updates of 0 do not count. So S is at least
+shortens steps by itself. So the scale is at least
 
-    R / (`SHARE` * sqrt(`REST` + n)) / |u|
+    S = R / (`SHARE` * sqrt(`REST` + n)) / |u|
 
-and that is the new s_init. Bets go on, from empty vectors, for more. Where they raise the scale above `FARTHER` times
-its floor, that is a search again, until it has fallen to `FOUND` of its largest. R is the farthest of all.
+and that is the new s_init. |u| is an average over the last `RECENT` steps, but at least 1 / `SHORTEST` of the longest
+of late, because what is short for a while may be long again; updates of 0 do not count. It is DoG (Ivgi, Hinder and
+Carmon, 2023, arXiv 2302.12022), with R of a search in the place of the distance so far, and updates in that of
+gradients.
+
+Bets go on, from empty vectors, for more. Where they raise the scale above `FARTHER` times its floor, that is a search
+again, until it has fallen to `FOUND` of its largest. R is the farthest of all.
 
 **Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
 where k is `FOLLOW`.
