@@ -79,11 +79,14 @@ class AutoOracle:
             self.begin(flat([self.x[i] for i in measured]), gradient, u_norm / lr)
             length = 1.0
         if self.pace is not None and lr > 0:
-            now, n = length * norm(flat([u[i] for i in here])) / lr, min(max(self.time, 1.0), 10.0)
+            now = min(length * norm(flat([u[i] for i in here])) / lr, 2 * self.stride)
+            n = min(max(self.time, 1.0), 10.0)
             w = lr / self.highest if self.is_found else 1.0
             if now > 0:
                 self.speed = np.sqrt((1 - w / n) * self.speed**2 + w / n * now**2)
-                self.stride = max((1 - 0.01 * w) * self.stride, now)
+                self.stride = max(self.stride, now)
+        if self.pace is not None:
+            self.path += self.scale * length * norm(flat([u[i] for i in here]))
         self.x = [xi + self.scale * length * ui for xi, ui in zip(self.x, u, strict=True)]
 
     @property
@@ -105,7 +108,7 @@ class AutoOracle:
     def bet_anew(self, scale):
         self.m, self.v, self.r = np.zeros((3, len(self.beta)))
         self.s = np.full(len(self.beta), scale / len(self.beta))
-        self.peak, self.farthest, self.time = scale, 0.0, 1.0
+        self.peak, self.farthest, self.path, self.time = scale, 0.0, 0.0, 1.0
 
     def least(self):
         return self.reach / (3 * np.sqrt(40 + self.rest) * max(self.speed, self.stride / 20) * self.highest)
@@ -119,7 +122,7 @@ class AutoOracle:
         is_higher, highest = lr > self.highest, max(self.highest, lr)
         moves = is_higher or lr < (1 - 1e-6) * self.highest
         way = x - reference
-        self.farthest = max(self.farthest, norm(way))
+        self.farthest = max(self.farthest, min(norm(way), self.path))
         if not self.is_found and lr > 0:
             wanted, now = lr * self.s.sum(), self.s.sum()
             if way @ g < 0 and now >= (1 - 1e-6) * self.peak:
@@ -159,7 +162,7 @@ class AutoOracle:
             self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
             self.time += w * self.is_found
             if self.is_found and self.s.sum() <= 1 + 1e-6:
-                self.peak, self.farthest = self.s.sum(), 0.0
+                self.peak, self.farthest, self.path = self.s.sum(), 0.0, 0.0
         if self.is_found:
             for i in here:
                 self.reference[i] = self.reference[i] + w * 0.3 / (self.time + 0.3 + 7) * (

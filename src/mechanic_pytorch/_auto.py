@@ -87,7 +87,8 @@ RECENT = 10.0  # steps, over which the length of the base's updates is averaged,
 FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
-SHORTEST = 20.0  # of the longest update of late: how much less |u| is taken for at least
+import os
+SHORTEST = float(os.environ.get("K","10"))  # of the longest update of late: how much less |u| is taken for at least
 MOST_LR = 2.0**60  # the largest lr that a base is given
 MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
 
@@ -108,11 +109,12 @@ class Memory(NamedTuple):
     reach: Tensor  # the farthest |D| of all searches; 0 during the first
     speed: Tensor  # |u| / lr of late
     rest: Tensor  # steps at a resting lr since the first
-    stride: Tensor  # the longest |u| / lr of late
+    stride: Tensor  # the longest |u| / lr
+    path: Tensor  # the sum of all steps' lengths since `farthest` began
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -239,7 +241,7 @@ def bet(
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
-    farthest = torch.maximum(memory.farthest, way)
+    farthest = torch.maximum(memory.farthest, torch.minimum(way, memory.path))  # edits are no way that was gone
     start = torch.where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
     memory = memory._replace(
         highest=highest,
@@ -303,6 +305,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
         age=age,
         loudest=torch.maximum(memory.loudest, lr * scale),
         farthest=torch.where(begins, 0.0, memory.farthest),
+        path=torch.where(begins, 0.0, memory.path),
     )
     follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
     return Learned(new, memory, bet.length, follow, time)
@@ -321,11 +324,14 @@ def moved(learned: Learned, update: Tensor, lr: float | Tensor) -> Memory:
     assert length is not None
     assert time is not None
     counts = (memory.speed > 0) & (time > 0) & (update > 0)
-    here, weight = length * update / lr, time / memory.age.clamp(1.0, RECENT)
+    here = torch.minimum(length * update / lr, ADMITTED * memory.stride)
+    weight = time / memory.age.clamp(1.0, RECENT)
     speed = torch.lerp(memory.speed.square(), here.square(), weight).sqrt()
-    stride = torch.maximum(memory.stride * (1 - time * (1 - LATE)), here)
+    stride = torch.maximum(memory.stride, here)
     return memory._replace(
-        speed=torch.where(counts, speed, memory.speed), stride=torch.where(counts, stride, memory.stride)
+        speed=torch.where(counts, speed, memory.speed),
+        stride=torch.where(counts, stride, memory.stride),
+        path=memory.path + learned.state.scales.sum(-1) * length * update,
     )
 
 
@@ -369,7 +375,7 @@ def first_scale(
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
     memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, pace)
+    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, pace, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
