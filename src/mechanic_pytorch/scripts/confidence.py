@@ -30,13 +30,18 @@ class Confidence:
     ranges: list[tuple[float, float]]
 
     @property
+    def is_drifting(self) -> bool:
+        """Whether the learned lr was rising or falling."""
+        return self.trend in ("rising", "falling")
+
+    @property
     def has_few_steps(self) -> bool:
         """Whether the steps are too few to trust."""
         return self.steps < FEW_STEPS
 
     def remarks(self) -> list[str]:
         """Return what to say after the lr: nothing if it can be trusted."""
-        said = [f"still {self.trend}"] if self.trend in ("rising", "falling") else []
+        said = [f"still {self.trend}"] if self.is_drifting else []
         return said + ([f"only {self.steps} step{'s' * (self.steps != 1)}"] if self.has_few_steps else [])
 
 

@@ -241,7 +241,7 @@ class Patch:
         return None
 
     def reason_as_container(self, optimizer: Optimizer) -> str | None:
-        """Say so, if all that an optimizer holds is held by mechanized ones, whose steps it calls."""
+        """Return that it calls the steps of mechanized optimizers, if these hold all that it holds; else None."""
         if is_torchs(type(optimizer)) or any(_bears(type(optimizer), name) for name in self.exclude):
             return None
         params = {p for group in optimizer.param_groups for p in group["params"]}
@@ -404,7 +404,7 @@ def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: Functio
             put_back()
     if not isinstance(self, Mechanic) or issubclass(base, Mechanic):
         init(self, params, defaults)  # if it raises, it does so as if we had never been there
-    one = Built(self, base, patch.reason_as_container(self) or reason if reason else None)
+    one = Built(self, base, reason and (patch.reason_as_container(self) or reason))
     if patch.base_lr is not None and reason is None:
         one.rescale(self, patch.base_lr)
     for each in patches:

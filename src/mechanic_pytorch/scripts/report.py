@@ -132,8 +132,11 @@ def advice(one: Built, name: str, trust: Confidence) -> str:
     else:
         values = f"lr={digit(min(learned))} to {digit(max(learned))}, by group as listed"
     of_which = "" if name == one.base.__name__ else f" for {name}"
-    sentence = f"to train without Mechanic, use {one.base.__name__} with {values}{of_which}"
-    return "; ".join([sentence, *trust.remarks()])
+    return _how_to_go_on(one, values + of_which, *trust.remarks())
+
+
+def _how_to_go_on(one: Built, values: str, *remarks: str) -> str:
+    return "; ".join([f"to train without Mechanic, use {one.base.__name__} with {values}", *remarks])
 
 
 def digit(lr: float) -> str:
@@ -215,12 +218,11 @@ def _advice_for_many(same: Sequence[Built], called: Mapping[Built, str], trust: 
     ends = _from_to(learned, digit)
     if " to " in ends:
         ends += f", one for each (half of them at {digit(median_low(learned))} or less),"
-    trends = Counter(one.trend for one in trust if one.trend in ("rising", "falling"))
+    trends = Counter(one.trend for one in trust if one.is_drifting)
     remarks = [f"{count} of {len(same)} still {trend}" for trend, count in trends.items()]
     few = [one.steps for one in trust if one.has_few_steps]
     remarks += [f"only {_from_to(few, str)} step{'s' * (max(few) != 1)}"] if few else []
-    sentence = f"to train without Mechanic, use {same[0].base.__name__} with lr={ends} for {_called(same, called)}"
-    return "; ".join([sentence, "--report DIR lists each", *remarks])
+    return _how_to_go_on(same[0], f"lr={ends} for {_called(same, called)}", "--report DIR lists each", *remarks)
 
 
 def _from_to(values: Sequence[Any], form: Callable[[Any], str]) -> str:

@@ -99,15 +99,15 @@ class ScriptPatch(Patch):
 
     def _say_that_it_was_built(self, optimizer: Mechanic, one: Built) -> None:
         """Say it of the first few of those that a loop builds, one for each tensor."""
-        if one.kind is not None:
-            self._of_kind[one.kind] += 1
-            if self._of_kind[one.kind] > LISTED:
-                if self._of_kind[one.kind] == LISTED + 1:
-                    say(f"{one.described()}: more follow, one for each tensor; the report counts them")
-                return
-        count = len(optimizer.param_groups)
-        groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
-        say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        kind = one.kind
+        if kind is not None:
+            self._of_kind[kind] += 1
+        if self._of_kind[kind] <= LISTED:
+            count = len(optimizer.param_groups)
+            groups = "1 parameter group" if count == 1 else f"{count} parameter groups"
+            say(f"{one.described()} is mechanized, s_init={optimizer.mechanic_config.s_init}, {groups}")
+        elif self._of_kind[kind] == LISTED + 1:
+            say(f"{one.described()}: more follow, one for each tensor; the report counts them")
 
     def _logging(self, one: Built) -> Callable[..., None]:
         steps = itertools.count(1)
