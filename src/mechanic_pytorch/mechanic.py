@@ -250,8 +250,8 @@ class Mechanic(Optimizer):
             advance.step(skip, skipper)
             if tuner.seeks or work.is_new:  # the first scale, or the search begins again
                 learned = tuner.first_scale(learned, work, bet, base, unchanged)
-            advance.move(learned.scales(old), skip)
-        record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned)
+            update = advance.move(learned.scales(old), skip)
+        record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned, update)
         work.commit(record, learned.restarted)
         self._mechanic_watch.after_step(tuner, work, skip, can_sync=base.can_sync)
         return base.loss
