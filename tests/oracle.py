@@ -111,7 +111,7 @@ class AutoOracle:
         self.peak, self.farthest, self.path, self.time = scale, 0.0, 0.0, 1.0
 
     def least(self):
-        return self.reach / (3 * np.sqrt(40 + self.rest) * max(self.speed, self.stride / 20) * self.highest)
+        return self.reach / (3 * np.sqrt(40 + self.rest) * max(self.speed, self.stride / 10) * self.highest)
 
     def learn(self, here, g, lr):
         x, reference = (flat([values[i] for i in here]) for values in (self.x, self.reference))
