@@ -232,9 +232,9 @@ class Tuner:
                 ratio = memory.pace * memory.highest / memory.longest
                 row[LR_LIMIT] *= -1
             else:
-                ratio = max(memory.loudest, 0.0)  # of an update that was too short, else 0; see `first_scale`
+                ratio = memory.loudest  # of an update that was too short, 0 if there was none; see `first_scale`
                 if ratio:
-                    row[MEMORY][Memory._fields.index("loudest")] = 0.0
+                    row[MEMORY][Memory._fields.index("loudest")] = _auto.NOTHING_LOST
             factor = Rounding.of(groups).growth(ratio, abs(row[LR_LIMIT]))
             self._rescale(row, factor)
             row[LR_LIMIT] *= factor
