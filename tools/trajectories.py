@@ -214,7 +214,7 @@ def compiled(auto: bool, **options: Any) -> Callable[[], Run]:
 
 
 for start in ("number", "auto"):
-    auto = {"s_init": start} if start == "auto" else {}
+    auto: dict[str, Any] = {"s_init": "auto" if start == "auto" else 1e-8}
     SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
     RUNS |= {
         f"{start}, {name}": each

@@ -144,7 +144,7 @@ def _check_loadable(optimizer: Optimizer, config: Config, state_dict: dict[str, 
         check_group(type(optimizer).__name__, {**group, "params": []})
     if not any(is_ours(key) for group in state_dict["param_groups"] for key in group):
         return  # of the plain base
-    _check_tuners(config, state_dict["param_groups"], refuse)
+    _check_tuners(config, getattr(optimizer, "mechanic_base", type(optimizer)), state_dict["param_groups"], refuse)
     _check_stored(optimizer, config, state_dict, refuse)
 
 
@@ -155,7 +155,9 @@ def _refuse(who: str, rule: str, got: str, remedy: str = "") -> NoReturn:
     )
 
 
-def _check_tuners(config: Config, groups: list[dict[str, Any]], refuse: Callable[..., NoReturn]) -> None:
+def _check_tuners(
+    config: Config, base: type[Optimizer], groups: list[dict[str, Any]], refuse: Callable[..., NoReturn]
+) -> None:
     """Refuse the tuners of a checkpoint if they are not what this optimizer would have saved."""
     first = groups[0]
     per_tuner = {*tensors_of_row(config), *numbers_of_row(config), MEMORY, LR_FACTOR, LR_LIMIT}
@@ -169,8 +171,14 @@ def _check_tuners(config: Config, groups: list[dict[str, Any]], refuse: Callable
         )
     for row in groups if config.per_group else [first]:
         if any(key in row for key in per_tuner) and (MEMORY in row) != config.is_auto:
-            kinds = ("'auto'", "a number") if MEMORY in row else ("a number", "'auto'")
-            refuse("must have the same kind of s_init", f"{kinds[0]} in it and {kinds[1]} here", "pass the same s_init")
+            kinds, remedy = ("'auto'", "a number"), f"build the optimizer with mechanize({base.__name__})"
+            if MEMORY not in row:  # it does not say which number
+                kinds = ("a number", "'auto'")
+                remedy = (
+                    f"build the optimizer with mechanize({base.__name__}, s_init=1e-8), the former default, or with "
+                    "the number that it was saved with"
+                )
+            refuse("must have the same kind of s_init", f"{kinds[0]} in it and {kinds[1]} here", remedy)
         for key, powers in tensors_of_row(config).items():
             value = row.get(key)
             if not isinstance(value, Tensor):

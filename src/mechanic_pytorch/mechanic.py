@@ -60,7 +60,7 @@ def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
 
     Example:
         >>> import torch
-        >>> params = Config(betas=(0.9, 0.99)).tune_params
+        >>> params = Config(betas=(0.9, 0.99), s_init=1e-8).tune_params
         >>> state = tune(TunerState(*torch.zeros(4, 1, 2)), torch.tensor([[-3.0, 0.0, 1.0, 1.0]]), params)
         >>> state.max_product.tolist(), f"{state.scales.sum():.0e}"
         ([[3.0, 3.0]], '1e-08')
@@ -88,7 +88,7 @@ def mechanize(
     Base: type[Optimizer],
     s_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
-    s_init: float | Literal["auto"] = 1e-8,
+    s_init: float | Literal["auto"] = "auto",
     eps: float = 1e-8,
     store_delta: bool = False,
     log_func: LogFunc | None = None,
@@ -111,11 +111,12 @@ def mechanize(
         s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. It
             weighs in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
-        s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
-            costs a few steps, too large may diverge. "auto" starts relative to the first update, so that every base
-            lr gives the same run, and makes plain steps of the base, x + scale * u: a scale that falls takes nothing
-            back, and weights whose lr is 0 rest. docs/safety.md has its rules.
-        eps: added to sqrt(v), in units of h (update times gradient).
+        s_init: initial scale. "auto" starts relative to the first update, so that every base lr gives the same run, and
+            makes plain steps of the base, x + scale * u: a scale that falls takes nothing back, and weights whose lr is
+            0 rest. docs/safety.md has its rules. A number > 0 is Algorithm 1 as published: an underestimate of the
+            right scale, relative to the base's updates. Too small costs a few steps, too large may diverge.
+            `s_init=1e-8` is what version 0.0.1 had as its default.
+        eps: added to sqrt(v), in units of h (update times gradient). With s_init="auto", which has no fixed unit, it is 0.
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
         log_func: called with `{"iter_count": t, "s": scale}`, a list of scales with `per_group`; None logs through
@@ -435,7 +436,7 @@ class Mechanic(Optimizer):
             >>> from mechanic_pytorch import mechanize
             >>> params = [torch.zeros(3, requires_grad=True)]
             >>> saved = mechanize(torch.optim.SGD, s_init=1e-8)(params, lr=1.0).state_dict()
-            >>> mechanize(torch.optim.SGD, s_init="auto")(params, lr=1.0).load_state_dict(saved, tuner="fresh")
+            >>> mechanize(torch.optim.SGD)(params, lr=1.0).load_state_dict(saved, tuner="fresh")
         """
         with checked(self, self.mechanic_config, state_dict, tuner) as fitting:
             super().load_state_dict(fitting, *args, **kwargs)
