@@ -203,6 +203,33 @@ def test_another_number_of_betas_is_refused_and_changes_nothing():
     assert not optimizer._optimizer_load_state_dict_pre_hooks
 
 
+def test_a_checkpoint_of_a_number_is_refused_with_the_calls_that_load_it():
+    """Which number it was saved with, it does not say; nobody who has not chosen one expects a run with another."""
+    model, twin = mlp(), mlp()
+    saved = mechanize(torch.optim.AdamW, s_init=1e-8)(model.parameters(), lr=1.0)
+    train(model, saved, STEPS)
+    twin.load_state_dict(model.state_dict())
+    checkpoint = copy.deepcopy(saved.state_dict())
+    optimizer = mechanize(torch.optim.AdamW)(twin.parameters(), lr=1.0)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"^MechanizedAdamW: .*Got a number in it and 'auto' here\.") as refused:
+        optimizer.load_state_dict(checkpoint)
+    assert_identical(optimizer.state_dict(), before)
+
+    calls = "mechanize(AdamW, s_init=1e-8), the former default", 'load_state_dict(..., tuner="fresh")'
+    assert all(call in str(refused.value) for call in calls)
+    optimizer.load_state_dict(checkpoint, tuner="fresh")
+    assert optimizer.scale == 0
+    assert optimizer.state[next(twin.parameters())]["step"] == STEPS
+    optimizer = mechanize(torch.optim.AdamW, s_init=1e-8)(twin.parameters(), lr=1.0)
+    optimizer.load_state_dict(checkpoint)
+    assert train(twin, optimizer, STEPS, first=STEPS) == train(model, saved, STEPS, first=STEPS)
+
+    other = mechanize(torch.optim.AdamW)(mlp().parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=r"Got 'auto' in it and a number here\. .* mechanize\(AdamW\); or keep"):
+        optimizer.load_state_dict(other.state_dict())
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing():
     model, optimizer = CASES["AdamW"].build()
     train(model, optimizer, STEPS)

@@ -116,7 +116,8 @@ def mechanize(
             0 rest. docs/safety.md has its rules. A number > 0 is Algorithm 1 as published: an underestimate of the
             right scale, relative to the base's updates. Too small costs a few steps, too large may diverge.
             `s_init=1e-8` is what version 0.0.1 had as its default.
-        eps: added to sqrt(v), in units of h (update times gradient). With s_init="auto", which has no fixed unit, it is 0.
+        eps: added to sqrt(v), in units of h (update times gradient). s_init="auto", which has no fixed
+            unit, takes 0.
         store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
             that False promises and is as accurate as the two of True.
         log_func: called with `{"iter_count": t, "s": scale}`, a list of scales with `per_group`; None logs through
