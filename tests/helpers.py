@@ -9,6 +9,8 @@ import torch
 
 from device import DEVICE
 
+PUBLISHED = {"s_init": 1e-8}  # Algorithm 1 as published, with the start of version 0.0.1
+
 
 def environment_of_tests(**more):
     """Return the environment in which a new Python imports what tests import."""

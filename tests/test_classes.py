@@ -42,7 +42,7 @@ def test_the_code_of_the_first_readme_runs_unchanged():
     train(model, optimizer, 2)
     assert set(mechanic_pytorch.__all__) == {"Mechanic", "is_mechanized", "mechanize", "optim", "patched"}
     names = ["Base", "s_decay", "betas", "s_init", "eps", "store_delta", "log_func", "log_every"]
-    defaults = [0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-8, 1e-8, False, None, 0]
+    defaults = [0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), "auto", 1e-8, False, None, 0]
     parameters = list(signature(mechanize).parameters.values())
     assert [p.name for p in parameters[: len(names)]] == names
     assert [p.default for p in parameters[1 : len(names)]] == defaults

@@ -343,8 +343,8 @@ def row(text, method):
 
 def test_the_report_is_right(written, tmp_path, capsys):
     text = report_of(written, "--output", str(tmp_path / "out"), capsys=capsys)
-    assert row(text, "mechanized, defaults") == ["3.00", "3.00 (tiny)", "", "", "-2.0"]
-    assert row(text, 'mechanized, `s_init="auto"`') == ["0.50", "0.50 (tiny)", "", "", "+1.0"]  # of the common seed
+    assert row(text, "mechanized, `s_init=1e-8`") == ["3.00", "3.00 (tiny)", "", "", "-2.0"]
+    assert row(text, "mechanized") == ["0.50", "0.50 (tiny)", "", "", "+1.0"]  # of the common seed
     assert row(text, "LDoG")[:2] == ["∞", "∞ (tiny)"]
     assert row(text, "tiny") == ["0.1", "0.1", "0.50", "3.00", "", "", "", "∞", "", "", "", ""]
     assert "ours-auto (seeds 1)" in text
@@ -393,7 +393,7 @@ def test_marked_tables_are_made_anew_and_nothing_else(written, tmp_path, capsys)
         assert "\n<!-- end -->\n<!-- convergence: tasks -->\n| task | tuned lr |" in text
         assert text.endswith("\n<!-- end -->")
         assert "old" not in text
-    assert row(text, "mechanized, defaults") == ["3.00", "3.00 (tiny)", "", "", "-2.0"]
+    assert row(text, "mechanized, `s_init=1e-8`") == ["3.00", "3.00 (tiny)", "", "", "-2.0"]
     assert row(text, "LDoG") == ["∞", "∞ (tiny)", "", "", "-80.0"]
     assert row(text, "tiny") == ["0.1", "0.1", "0.50", "3.00", "", "", "", "∞", "", "", "", ""]
     assert "14 runs, seeds 0, 1; torch 2, Python 3, some machine" in text

@@ -80,7 +80,7 @@ def run(
     def steps() -> Run:
         torch.manual_seed(0)
         model, log = network(dtype), []
-        kind = mechanize(base, **{"log_every": 7, "log_func": log.append, **(mechanic or {})})
+        kind = mechanize(base, **{"s_init": 1e-8, "log_every": 7, "log_func": log.append, **(mechanic or {})})
         params = groups_of(model) if grouped else model.parameters()
         optimizer = kind(params, lr=lr, **options)
         scheduler = schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

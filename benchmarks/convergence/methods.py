@@ -53,8 +53,8 @@ PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for
 IF_NAMED = (*ABLATION, *PER_GROUP)
 METHODS = (GRID, *FIXED, LEARNED)
 NAMES = {  # for tables that people read
-    TEACHER: 'mechanized, `s_init="auto"`',
-    "ours": "mechanized, defaults",
+    TEACHER: "mechanized",
+    "ours": "mechanized, `s_init=1e-8`",
     "0.0.1": "version 0.0.1",
     "prodigy": "Prodigy",
     "d-adaptation": "D-Adaptation",
@@ -136,8 +136,8 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
     name, _, number = method.partition("@")
     family, _, grouping = name.partition("/")
     if family in ("ours", "ours-auto"):
-        start, lr = {"s_init": "auto"} if family == "ours-auto" else {}, float(number or 1)
-        return mechanize(base, per_group=bool(grouping), **start)(grouped(task, model, lr, grouping), lr=lr, **options)
+        kind = mechanize(base, s_init="auto" if family == "ours-auto" else 1e-8, per_group=bool(grouping))
+        return kind(grouped(task, model, lr := float(number or 1), grouping), lr=lr, **options)
     if task.base == "Muon":
         raise ValueError(f"{method} is not for two kinds of groups")
     params = model.parameters()
