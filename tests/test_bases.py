@@ -127,15 +127,15 @@ class Accumulating(torch.optim.AdamW):
 
 def test_a_base_that_starts_later():
     model = mlp()
-    optimizer = mechanize(Accumulating)(model.parameters(), lr=1.0)
+    optimizer = mechanize(Accumulating, **PUBLISHED)(model.parameters(), lr=1.0)
     train(model, optimizer, 2)
-    assert set(optimizer.state[model[0].weight]) == {"mechanic_reference"}
+    assert set(optimizer.state[model[0].weight]) == {"mechanic_delta"}
     twin = mlp()
-    other = mechanize(Accumulating)(twin.parameters(), lr=1.0)
+    other = mechanize(Accumulating, **PUBLISHED)(twin.parameters(), lr=1.0)
     other.load_state_dict(optimizer.state_dict())
     pickle.loads(pickle.dumps(optimizer))
     train(model, optimizer, 600, first=2)
-    assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq", "mechanic_reference"}
+    assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq", "mechanic_delta"}
     assert full_loss(model) < 0.5
 
 

@@ -97,19 +97,23 @@ def test_what_a_skipped_step_adds_to_the_state_is_zero():
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
-@pytest.mark.parametrize("name", BASES)
-def test_a_step_is_one_graph_without_a_break(name, lr):
+@pytest.mark.parametrize(
+    ("name", "s_init"), [*((name, "auto") for name in BASES), ("SGD", 1e-8), ("AdamW_fused", 1e-8)]
+)
+def test_a_step_is_one_graph_without_a_break(name, s_init, lr):
+    """From the second step on, and with "auto" from the third: the second reads the first scale."""
+    first = 2 if s_init == "auto" else 1
     base, options = BASES[name]
     if isinstance(lr, torch.Tensor) and options.get("foreach"):
         options = {**options, "foreach": False}  # torch wants capturable=True for that, and a GPU for capturable
-    model = mlp(torch.float32)
-    optimizer = mechanize(base)(model.parameters(), lr=lr, **options)
+    model, lr = mlp(torch.float32), copy.deepcopy(lr)  # it is written into
+    optimizer = mechanize(base, s_init=s_init)(model.parameters(), lr=lr, **options)
     graphs = Graphs()
     step = torch.compile(optimizer.step, backend=graphs, fullgraph=True)
-    for t in range(8):
+    for t in range(first + 7):
         optimizer.zero_grad()
         loss_of(model, t).backward()
-        (step if t > 0 else optimizer.step)()
+        (step if t >= first else optimizer.step)()
         optimizer.param_groups[0]["lr"] *= 0.9
     assert graphs.runs == 7
     assert graphs.compiled == (1 if isinstance(lr, torch.Tensor) else 2), "a float is taken for a constant once"

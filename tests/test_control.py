@@ -15,9 +15,10 @@ import oracle
 from bases import CASES
 from benchmarks.counting import Operations, transient_bytes
 from device import DEVICE
-from helpers import Graphs, assert_identical, count_a_skipped_step
+from helpers import PUBLISHED, Graphs, assert_identical, count_a_skipped_step
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import bounded
+from mechanic_pytorch._buckets import SLOTS
 from mechanic_pytorch._config import TunerState
 from mechanic_pytorch._torch import NOT_IN_PROPORTION
 from mechanic_pytorch.telemetry import read_out
@@ -50,7 +51,7 @@ def plain_twin(model, optimizer, name):
 
 def tuner(optimizer):
     """Return what the tuner and its sums are, without counters."""
-    now, sums = read_out(optimizer), [s.get("mechanic_delta") for s in optimizer.state.values()]
+    now, sums = read_out(optimizer), [[s.get(slot) for slot in SLOTS] for s in optimizer.state.values()]
     return copy.deepcopy([now.max_product, now.sum_squared_products, now.reward, now.scales, sums])
 
 
@@ -127,7 +128,7 @@ def test_a_scale_of_zero_or_a_group_without_lr_cannot_be_frozen():
         optimizer.freeze_scale()
 
 
-@pytest.mark.parametrize("name", ["SGD_fused", "AdamW", "AdamW_bfloat16"])
+@pytest.mark.parametrize("name", ["SGD_fused", "AdamW", "AdamW_bfloat16", "AdamW_bfloat16_published"])
 def test_to_freeze_and_unfreeze_at_once_changes_nothing(name):
     (model, optimizer), (twin, other) = frozen(name), CASES[name].build()
     optimizer.freeze_scale()  # twice is once
@@ -140,7 +141,7 @@ def test_to_freeze_and_unfreeze_at_once_changes_nothing(name):
 @pytest.mark.parametrize("name", ["SGD_fused", "AdamW_float64"])
 def test_no_weight_jumps_when_it_is_unfrozen(name):
     """The first step is scale * update, and the change of the scale times the sum of updates from before."""
-    model, optimizer = frozen(name)
+    model, optimizer = frozen(name, **PUBLISHED)
     losses = train(model, optimizer, 100, first=STEPS)
     optimizer.unfreeze_scale()
     before = [p.detach().clone() for p in model.parameters()]

@@ -14,7 +14,7 @@ from hypothesis.strategies import data, integers, sampled_from
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from bases import CASES
-from helpers import assert_identical
+from helpers import PUBLISHED, assert_identical
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_lost_its_sums_is_refused(name):
     _, saved = get_state_dict(model, optimizer, options=options)
     model_of_other = case.model()
     other = type(optimizer)(model_of_other.parameters(), lr=1.0, **case.options)
-    with pytest.raises(ValueError, match=r"^MechanizedAdagrad: .* must hold 'mechanic_delta' for each.* Remedy: "):
+    with pytest.raises(ValueError, match=r"^MechanizedAdagrad: .* must hold 'mechanic_reference' for each.* Remedy: "):
         set_state_dict(
             model_of_other,
             other,
@@ -120,13 +120,13 @@ def test_the_dummy_step_of_distributed_checkpoint_leaves_no_trace():
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_sums_survive_loading_into_another_dtype(saved, loaded, tmp_path):
     model = mlp(saved)
-    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    optimizer = mechanize(torch.optim.SGD, **PUBLISHED)(model.parameters(), lr=1.0)
     train(model, optimizer, STEPS)
     torch.save(optimizer.state_dict(), tmp_path / "checkpoint.pt")
 
     twin = mlp(saved).to(loaded)
     twin.load_state_dict(model.state_dict())
-    other = mechanize(torch.optim.SGD)(twin.parameters(), lr=1.0)
+    other = mechanize(torch.optim.SGD, **PUBLISHED)(twin.parameters(), lr=1.0)
     other.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         delta = optimizer.state[p]["mechanic_delta"]
@@ -146,19 +146,19 @@ def test_the_model_may_be_cast_under_a_running_optimizer():
         scale = optimizer.scale
         assert scale > 0
         train(model, optimizer, 40)
-        assert optimizer.state[model[0].weight]["mechanic_delta"].dtype == (
+        assert optimizer.state[model[0].weight]["mechanic_reference"].dtype == (
             torch.float64 if dtype == torch.float64 else torch.float32
         )
     assert full_loss(model) < 0.5
 
 
-@pytest.mark.parametrize("name", ["SGD_momentum", "AdamW", "AdamW_fused", "Adagrad"])
+@pytest.mark.parametrize("name", ["SGD_momentum", "AdamW", "AdamW_fused", "AdamW_published", "Adagrad"])
 def test_a_plain_checkpoint_starts_the_tuner_afresh(name):
     case = CASES[name]
     model = case.model()
     plain = case.base(model.parameters(), lr=0.01, **case.options)
     train(model, plain, STEPS)
-    optimizer = mechanize(case.base)(model.parameters(), lr=1.0, **case.options)
+    optimizer = mechanize(case.base, **case.mechanic)(model.parameters(), lr=1.0, **case.options)
     train(copy.deepcopy(model), optimizer, 0)
     optimizer.load_state_dict(plain.state_dict())
     assert float(optimizer.scale) == 0
@@ -176,7 +176,7 @@ def test_a_plain_checkpoint_replaces_a_tuner_that_has_learned():
     plain = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer.load_state_dict(plain.state_dict())
     assert float(optimizer.scale) == 0
-    assert "mechanic_delta" not in optimizer.state[model[0].weight]
+    assert "mechanic_reference" not in optimizer.state[model[0].weight]
 
 
 def test_a_mechanized_checkpoint_loads_into_the_plain_base():
@@ -250,19 +250,21 @@ def test_two_optimizers_never_share_what_was_loaded():
     assert_identical(other.state_dict(), before)
 
 
-def test_hooks_of_the_user_see_and_change_what_is_loaded():
-    model, optimizer = CASES["AdamW_bfloat16"].build()
+@pytest.mark.parametrize("name", ["AdamW_bfloat16", "AdamW_bfloat16_published"])
+def test_hooks_of_the_user_see_and_change_what_is_loaded(name):
+    case = CASES[name]
+    model, optimizer = case.build()
     train(model, optimizer, STEPS)
 
     def double(optimizer, state_dict):
-        state = {i: {**s, "mechanic_delta": 2 * s["mechanic_delta"]} for i, s in state_dict["state"].items()}
+        state = {i: {**s, case.slot: 2 * s[case.slot]} for i, s in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
-    twin, other = CASES["AdamW_bfloat16"].build()
+    twin, other = case.build()
     other.register_load_state_dict_pre_hook(double)
     other.load_state_dict(optimizer.state_dict())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(other.state[q]["mechanic_delta"], 2 * optimizer.state[p]["mechanic_delta"])
+        assert torch.equal(other.state[q][case.slot], 2 * optimizer.state[p][case.slot])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "LBFGS"])
