@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
+from helpers import PUBLISHED
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import noisy_quadratic
@@ -55,8 +56,8 @@ def test_trajectory_equals_the_oracle(name, s_decay, lr, store_delta):
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
-def test_default_options_equal_the_oracle(name):
-    compare(name, 1.0)
+def test_the_options_of_0_0_1_equal_the_oracle(name):
+    compare(name, 1.0, **PUBLISHED)
 
 
 @settings(max_examples=15, deadline=None)

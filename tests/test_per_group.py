@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import oracle
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import as_added_up
+from helpers import PUBLISHED, as_added_up
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import full_loss, layers, loss_of, mlp, train
@@ -458,12 +458,16 @@ def test_read_outs_traces_and_logs_have_a_row_per_group(caplog):
     assert caplog.messages[-1] == "iter_count=2 s=" + " ".join(f"{s:.6e}" for s in optimizer.scale.tolist())
 
 
-@pytest.mark.parametrize("idle", ["without gradient", "at lr 0", "noise"])
-def test_a_group_that_does_not_start_is_warned_of_unless_it_is_meant_to_stay(idle, recwarn):
+@pytest.mark.parametrize(
+    ("idle", "options"),
+    [(idle, options) for idle in ("without gradient", "at lr 0") for options in ({}, PUBLISHED)]
+    + [("noise", PUBLISHED)],  # in which "auto" starts
+)
+def test_a_group_that_does_not_start_is_warned_of_unless_it_is_meant_to_stay(idle, options, recwarn):
     torch.manual_seed(0)
     a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     groups = [{"params": [a]}, {"params": [b], "lr": 0.0 if idle == "at lr 0" else 1.0}]
-    optimizer = mechanize(torch.optim.SGD, per_group=True)(groups, lr=1.0)
+    optimizer = mechanize(torch.optim.SGD, per_group=True, **options)(groups, lr=1.0)
     for _ in range(500):
         a.grad = a.detach().clone()
         b.grad = None if idle == "without gradient" else torch.randn(3) * 1e-6
