@@ -249,10 +249,10 @@ for start in ("number", "auto"):
             "LBFGS": run(torch.optim.LBFGS, mechanic=auto, closure=True, max_iter=3, line_search_fn="strong_wolfe"),
             "Rprop": run(torch.optim.Rprop, mechanic=auto, lr=1e-3),
             "betas, eps, s_decay": run(mechanic={**auto, "betas": (0.9, 0.999), "eps": 1e-6, "s_decay": 0.1}),
-            "sparse": sparse(bool(auto)),
-            "complex, maximize": complex_numbers(bool(auto)),
-            "compiled": compiled(bool(auto)),
-            "compiled, per group": compiled(bool(auto), per_group=True),
+            "sparse": sparse(start == "auto"),
+            "complex, maximize": complex_numbers(start == "auto"),
+            "compiled": compiled(start == "auto"),
+            "compiled, per group": compiled(start == "auto", per_group=True),
         }.items()
     }
 
