@@ -129,7 +129,7 @@ def test_no_graph_break_once_a_gpu_is_in_use(name, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
-    test_a_step_is_one_graph_without_a_break(name, 1.0)
+    test_a_step_is_one_graph_without_a_break(name, "auto", 1.0)
 
 
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])
