@@ -16,9 +16,9 @@ s have n entries and start at 0. One step:
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
 both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, with which this file begins.
 x_ref is never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their
-weights between steps. With s_init="auto" a step is x = x + sum(s) * u instead, and what is bet on is the way that the
-weights have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file `docs/deviations.md` lists
-where this differs from other implementations, and why.
+weights between steps. With s_init="auto", the default, a step is x = x + sum(s) * u instead, and what is bet on is the
+way that the weights have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file
+`docs/deviations.md` lists where this differs from other implementations, and why.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def mechanize(
 
     Args:
         Base: an optimizer class, not an instance.
-        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. It
-            weighs in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
+        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. With
+            a number for s_init it weighs in proportion to the learned scale, so that it suits lr near 1 and holds a
+            much smaller lr back.
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
         s_init: initial scale. "auto" starts relative to the first update, so that every base lr gives the same run, and
             makes plain steps of the base, x + scale * u: a scale that falls takes nothing back, and weights whose lr is
