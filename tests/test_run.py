@@ -640,6 +640,7 @@ def test_optimizers_of_one_class_are_told_apart_by_what_the_script_calls_them(tm
         "Adam train.py:5",
     ]
     assert named("several = [Adam(p) for _ in range(2)]\n", path) == ["Adam 1", "Adam 2"]
+    assert named("a = 1; b = Adam(p)\nc = 2; d = Adam(p)\n", path) == ["Adam train.py:4", "Adam train.py:5"]
     subclass = "class A(SGD):\n    def __init__(self, *a):\n        super().__init__(*a)\n[A(p)]\n[A(p, 1.0)]\n"
     assert named(subclass, path) == ["A train.py:7", "A train.py:8"]
 
@@ -1211,6 +1212,14 @@ def test_a_name_that_nothing_bears_is_reported_with_the_closest_one(script, run)
     done = run(*COMMAND, "--include", "__main__.Mien", "--exclude", "torch.optim.LBFGS", path)
     reason = "no such optimizer was built. Did you mean __main__.Mine?"
     assert done.stderr.splitlines()[-1] == f"mechanic: --include __main__.Mien has no effect, because {reason}"
+
+
+def test_a_group_of_one_process_is_said_to_have_no_effect(script, run):
+    done = run(*COMMAND, "--process-group", "world", script(TRAINING))
+    assert done.stderr.splitlines()[-1].startswith(
+        "mechanic: --process-group world has no effect, because no optimizer"
+    )
+    assert "has no effect" not in run(*COMMAND, script(TRAINING)).stderr
 
 
 def without(modules, *arguments, **options):

@@ -87,6 +87,15 @@ class ScriptPatch(Patch):
             self.options["process_group"] = dist.group.WORLD
         return super().mechanized(base)
 
+    def without_effect(self) -> list[str]:
+        """Return also that the group of all processes was not to be had."""
+        said = super().without_effect()
+        if self._over_world and "process_group" not in self.options:
+            said.append(
+                "process-group world has no effect, because no optimizer was mechanized in a group of processes"
+            )
+        return said
+
     def add(self, optimizer: Optimizer, one: Built) -> None:
         """Say that it was built, and begin its log."""
         super().add(optimizer, one)
