@@ -1,7 +1,8 @@
-"""What a mechanized step costs beside a plain one: time, operations, host reads, memory.
+r"""What a mechanized step costs beside a plain one: time, operations, host reads, memory.
 
     pip install --no-deps --target peers mechanic-pytorch==0.0.1
-    python -m benchmarks.step_cost --peers peers --json cost.json --plot docs/step_cost.png --fill docs/speed.md
+    python -m benchmarks.step_cost --peers peers --json benchmarks/step_cost_cpu.json --fill docs/speed.md \
+        --plot docs/step_cost.png
 
 Each method is run in turn with its plain base, on parameters and gradients of the same shapes, in one process; a time
 is the median over rounds of the ratio of two neighbours. On a GPU it is how long the device is busy, with all work

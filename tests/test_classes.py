@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from abc import ABC
+from importlib import metadata
 from inspect import signature
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_mechanized_class_is_its_base_and_more():
     assert "learned learning-rate scale" in cls.__doc__
     assert torch.optim.AdamW.__doc__ in cls.__doc__
     theirs = list(signature(torch.optim.AdamW).parameters.values())
-    assert list(signature(cls).parameters.values())[: len(theirs)] == theirs
+    ours = list(signature(cls).parameters.values())[: len(theirs)]
+    assert ours == [p.replace(default=1.0) if p.name == "lr" else p for p in theirs]
     assert cls is mechanize(torch.optim.AdamW)
     assert cls is not mechanize(torch.optim.AdamW, s_decay=0.0)
     optimizer = cls(mlp().parameters(), lr=1.0)
@@ -64,6 +66,42 @@ def test_a_mechanized_class_is_its_base_and_more():
     assert not is_mechanized(torch.optim.AdamW(mlp().parameters()))
     assert not is_mechanized(cls)
     assert optimizer.defaults == torch.optim.AdamW(mlp().parameters(), lr=1.0).defaults
+
+
+@pytest.mark.parametrize("name", sorted({"Adafactor", "AdamW", "LBFGS", "Muon", "SGD"} & set(dir(torch.optim))))
+def test_an_lr_that_is_not_given_is_1_whatever_the_base_has(name):
+    cls = mechanize(getattr(torch.optim, name), **({"s_init": "auto"} if name == "AdamW" else {}))
+    options = {"max_iter": 1} if name == "LBFGS" else {}
+
+    def lrs(*args, **kwargs):
+        return [group["lr"] for group in cls(*args, **kwargs, **options).param_groups]
+
+    def params():
+        return [torch.ones(3, 3, requires_grad=True)]
+
+    assert lrs(params()) == lrs(params=params()) == lrs(params(), mechanic_s_decay=0.0) == [1.0]
+    assert lrs(params(), 0.5) == lrs(params(), lr=0.5) == [0.5]
+    if name != "LBFGS":  # which has one group
+        assert lrs([{"params": params()}, {"params": params(), "lr": 0.1}]) == [1.0, 0.1]
+    assert "If lr is not given, it is 1.0." in cls.__doc__
+
+
+def test_a_base_whose_lr_has_no_default_still_asks_for_one():
+    class Asks(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+
+    class Rules(torch.optim.SGD):  # as an Adafactor whose lr follows a rule of its own
+        def __init__(self, params, lr=None):
+            super().__init__(params, 0.3 if lr is None else lr)
+
+    with pytest.raises(TypeError, match="lr"):
+        mechanize(Asks)([torch.ones(3, requires_grad=True)])
+    assert mechanize(Rules)([torch.ones(3, requires_grad=True)]).param_groups[0]["lr"] == 0.3
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert mechanic_pytorch.__version__ == metadata.version("mechanic-pytorch")
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -31,6 +31,7 @@ from mechanic_pytorch.scripts import cli, environment
 from mechanic_pytorch.scripts import report as reporting
 from mechanic_pytorch.scripts import run as command
 from mechanic_pytorch.scripts.confidence import confidence
+from mechanic_pytorch.scripts.sigterm import before_sigterm
 from mnist import write_digits_as_mnist
 from problems import mlp, train
 
@@ -177,7 +178,13 @@ def test_a_syntax_error_is_shown_as_python_shows_it(script):
     assert ours.stderr == plain.stderr
 
 
-def interrupted(*arguments, again_at=None):
+SLOW = """
+from mechanic_pytorch.scripts import report
+report._draw = lambda *_: (print('drawing', file=sys.stderr, flush=True), time.sleep(60))
+"""
+
+
+def interrupted(*arguments, by=signal.SIGINT, again_at=None):
     """Press Ctrl-C when the script has trained, and once more when it says so; return what comes of it."""
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
@@ -185,12 +192,12 @@ def interrupted(*arguments, again_at=None):
         assert process.stdout.readline() == "trained\n"
         while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:  # it may not have left that line yet
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         seen = ""
         for line in process.stderr if again_at is not None else ():
             seen += line
             if line == again_at:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(by)
                 break
         out, err = process.communicate(timeout=180)
     return process.returncode, out, seen + err
@@ -208,9 +215,7 @@ def test_ctrl_c_ends_it_as_it_ends_python(script):
 
 
 def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tmp_path):
-    slow = "from mechanic_pytorch.scripts import report\n"
-    slow += "report._draw = lambda *_: (print('drawing', file=sys.stderr, flush=True), time.sleep(60))\n"
-    path = script(slow + TRAINING + "time.sleep(60)\n")
+    path = script(SLOW + TRAINING + "time.sleep(60)\n")
     status, _, err = interrupted(*COMMAND, "--report", tmp_path / "report", path, again_at="drawing\n")
     assert status != 0
     assert f"{NO_ADVICE}KeyboardInterrupt\n" in err
@@ -219,6 +224,75 @@ def test_a_second_ctrl_c_ends_the_report_and_not_what_the_script_says(script, tm
     assert last[2:4] == ["Traceback (most recent call last):", last[3]]
     assert last[3].startswith(f'  File "{path}", line ')
     assert json.loads((tmp_path / "report" / "report.json").read_text())["outcome"] == "KeyboardInterrupt"
+
+
+def test_sigterm_ends_it_as_it_ends_python_after_the_report(script, tmp_path):
+    """A second one while the report is made ends it at once; the numbers are written by then."""
+    path = script(TRAINING + "time.sleep(60)\n")
+    assert interrupted(path, by=signal.SIGTERM) == (-signal.SIGTERM, "", "")
+    status, out, err = interrupted(*COMMAND, "--report", tmp_path / "a", path, by=signal.SIGTERM)
+    assert (status, out) == (-signal.SIGTERM, "")
+    assert f"{NO_ADVICE}SIGTERM\n" in err
+    assert err.endswith(f"mechanic: report in {tmp_path / 'a'}\n")
+    assert (tmp_path / "a" / "effective_lr.png").exists()
+
+    path = script(SLOW + TRAINING + "time.sleep(60)\n")
+    by = {"by": signal.SIGTERM, "again_at": "drawing\n"}
+    status, _, err = interrupted(*COMMAND, "--report", tmp_path / "b", path, **by)
+    assert (status, err[err.index("drawing") :]) == (-signal.SIGTERM, "drawing\n")
+    report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
+    assert (report["outcome"], report["optimizers"][0]["steps"]) == ("SIGTERM", 20)
+
+
+def test_a_script_that_handles_sigterm_does_so_and_the_report_comes_at_its_end(script):
+    path = script("import signal\nsignal.signal(15, lambda *_: sys.exit(7))\n" + TRAINING + "time.sleep(60)\n")
+    status, _, err = interrupted(*COMMAND, path, by=signal.SIGTERM)
+    assert status == 7
+    assert f"{NO_ADVICE}SystemExit: 7\n" in err
+
+
+def test_a_forked_process_dies_of_sigterm_without_a_report(script, run):
+    child = """
+import _signal, signal
+child = os.fork()
+if not child:
+    handler = _signal.getsignal(15)  # what Python itself knows
+    os._exit(3) if handler else os.kill(os.getpid(), 15)
+print(os.waitpid(child, 0)[1], signal.getsignal(15) is signal.SIG_DFL)
+"""
+    done = run(*COMMAND, script(TRAINING + child))
+    assert done.stdout == "trained\n15 True\n"
+    assert len(ADVICE.findall(done.stderr)) == 1
+    assert NO_ADVICE not in done.stderr
+
+
+def test_code_that_asks_who_handles_sigterm_is_told_that_nobody_does():
+    real, said, default = signal.signal, [], signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, default)
+    try:
+        with before_sigterm(lambda: pytest.fail("someone else handles it")):
+            assert signal.getsignal(signal.SIGTERM) is default
+            assert signal.signal(signal.SIGTERM, lambda *_: said.append(1)) is default
+            signal.raise_signal(signal.SIGTERM)
+            theirs = signal.getsignal(signal.SIGTERM)
+            assert (said, callable(theirs)) == ([1], True)
+            assert signal.signal(signal.SIGTERM, default) is theirs, "and ours is back"
+            assert signal.getsignal(signal.SIGTERM) is default
+            ours = real(signal.SIGTERM, default)
+            assert ours not in (theirs, default)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signal.signal(signal.SIGINT, signal.SIG_IGN) is signal.default_int_handler
+            real(signal.SIGTERM, ours)
+            late = signal.signal
+        assert (signal.signal, signal.getsignal(signal.SIGTERM)) == (real, default)
+        late(signal.SIGTERM, default)  # from code that has imported the function while it was ours
+        assert signal.getsignal(signal.SIGTERM) is default
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with before_sigterm(lambda: pytest.fail("the caller ignores it, as nohup does with others")):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_is_learned_is_shown_though_torchrun_sends_its_interrupt_after_that_of_the_terminal(monkeypatch, capsys):
@@ -566,6 +640,7 @@ def test_optimizers_of_one_class_are_told_apart_by_what_the_script_calls_them(tm
         "Adam train.py:5",
     ]
     assert named("several = [Adam(p) for _ in range(2)]\n", path) == ["Adam 1", "Adam 2"]
+    assert named("a = 1; b = Adam(p)\nc = 2; d = Adam(p)\n", path) == ["Adam train.py:4", "Adam train.py:5"]
     subclass = "class A(SGD):\n    def __init__(self, *a):\n        super().__init__(*a)\n[A(p)]\n[A(p, 1.0)]\n"
     assert named(subclass, path) == ["A train.py:7", "A train.py:8"]
 
@@ -1137,6 +1212,14 @@ def test_a_name_that_nothing_bears_is_reported_with_the_closest_one(script, run)
     done = run(*COMMAND, "--include", "__main__.Mien", "--exclude", "torch.optim.LBFGS", path)
     reason = "no such optimizer was built. Did you mean __main__.Mine?"
     assert done.stderr.splitlines()[-1] == f"mechanic: --include __main__.Mien has no effect, because {reason}"
+
+
+def test_a_group_of_one_process_is_said_to_have_no_effect(script, run):
+    done = run(*COMMAND, "--process-group", "world", script(TRAINING))
+    assert done.stderr.splitlines()[-1].startswith(
+        "mechanic: --process-group world has no effect, because no optimizer"
+    )
+    assert "has no effect" not in run(*COMMAND, script(TRAINING)).stderr
 
 
 def without(modules, *arguments, **options):

@@ -71,7 +71,7 @@ def test_search_finds_the_words_of_readers(site, word, page):
 
 def test_formulas_are_mathml(site):
     """Which browsers set by themselves; no TeX is left over that the converter did not know."""
-    for page in ("how-it-works", "safety", "deviations"):
+    for page in ("how-it-works", "safety", "numerics", "deviations"):
         written = (DOCS / f"{page}.md").read_text(encoding="utf-8").count("```math")
         built = (site / page / "index.html").read_text(encoding="utf-8")
         formulas = re.findall(r'<div class="formula">(.*?)</div>', built, flags=re.DOTALL)
@@ -104,3 +104,11 @@ def test_the_api_page_has_every_public_name(site):
     named |= {f"Mechanic.{name}" for name in vars(mechanic_pytorch.Mechanic) if name[0] != "_"} - UNLISTED
     for name in named:
         assert f'id="mechanic_pytorch.{name}"' in page, name
+
+
+def test_what_a_function_returns_is_told_in_one_row(site):
+    """Lines of a docstring that go on are no values of their own."""
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    tables = re.findall(r">Returns:<.*?</table>", page, flags=re.DOTALL)
+    assert len(tables) > 1
+    assert [table.count('"doc-section-item"') for table in tables] == [1] * len(tables)

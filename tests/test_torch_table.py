@@ -75,7 +75,7 @@ def params_and_optimizer(info, options, tuner, dtype=torch.float64, as_pairs=Fal
     if info.supports_param_groups:
         groups = [{"params": params[:1]}, {"params": params[1:], "lr": lr_of(info, options) / 2}]
     mechanized = info.optim_cls if tuner is None else mechanize(info.optim_cls, **TUNERS[tuner])
-    return params, mechanized(groups, **{**ALWAYS.get(info.name, {}), **options})
+    return params, mechanized(groups, **{"lr": lr_of(info, options), **ALWAYS.get(info.name, {}), **options})
 
 
 def evaluate(params, optimizer, leave_out=None, sparse=False):

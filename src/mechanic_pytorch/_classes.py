@@ -54,7 +54,8 @@ def typed_by_base(
 def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:
     name = f"Mechanized{base.__name__}"
     of_torch = config == Config() and vars(torch.optim).get(base.__name__) is base
-    doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.\n\n{base.__doc__ or ''}"
+    default = f" If lr is not given, it is {LR}." if _place_of_lr(base) else ""
+    doc = f"`{base.__name__}` with a learned learning-rate scale; see `mechanize`.{default}\n\n{base.__doc__ or ''}"
     body = {
         "__doc__": doc,
         "__module__": "mechanic_pytorch.optim",
@@ -69,6 +70,8 @@ def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type
     return made
 
 
+LR = 1.0  # if none is given: what suits the tuner, whatever the base's own default is
+
 # By which name each option is passed to a mechanized class: its own are the base's (Adam has betas and an eps).
 _OPTIONS = {f"mechanic_{option.name}": option.name for option in fields(Config)}
 
@@ -78,6 +81,7 @@ def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Call
 
     An object that is built with such options is of the class that `mechanize` makes for them.
     """
+    place_of_lr = _place_of_lr(base)
 
     @functools.wraps(base.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # it becomes one
@@ -99,6 +103,8 @@ def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Call
             )
         if others:
             self.__class__ = class_for(mixin, base, wanted)
+        if "lr" not in kwargs and len(args) < place_of_lr:
+            kwargs["lr"] = LR
         super(mixin, self).__init__(*args, **kwargs)
 
     signature = _signature(base, config)
@@ -118,6 +124,15 @@ def _takes(base: type[Optimizer], key: str) -> bool:
     return signature is None or key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def _place_of_lr(base: type[Optimizer]) -> int:
+    """Return how many arguments stand before lr, `self` included; 0 if the base does not know lr, or has no default."""
+    signature = _signature_of(base)
+    lr = signature.parameters.get("lr") if signature else None
+    if signature is None or lr is None or lr.default in (None, inspect.Parameter.empty):
+        return 0
+    return list(signature.parameters).index("lr")
+
+
 def _signature_of(base: type[Optimizer]) -> inspect.Signature | None:
     try:
         return inspect.signature(base.__init__)
@@ -126,7 +141,7 @@ def _signature_of(base: type[Optimizer]) -> inspect.Signature | None:
 
 
 def _signature(base: type[Optimizer], config: Config) -> inspect.Signature | None:
-    """Return the base's signature with the options, whose defaults are those of the class; None if it has none."""
+    """Return the base's signature with our lr, and the options with the class's defaults; None if it has none."""
     signature = _signature_of(base)
     if signature is None:
         return None
@@ -136,7 +151,9 @@ def _signature(base: type[Optimizer], config: Config) -> inspect.Signature | Non
         for key, name in _OPTIONS.items()
         if key not in signature.parameters
     ]
-    parameters = list(signature.parameters.values())
+    parameters = [
+        p.replace(default=LR) if p.name == "lr" and _place_of_lr(base) else p for p in signature.parameters.values()
+    ]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
     return signature.replace(parameters=[*(p for p in parameters if p not in rest), *options, *rest])
 

@@ -102,9 +102,9 @@ def mechanize(
     """Return a class like `Base` whose learning-rate scale is learned.
 
     The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`, and those of this function
-    under names that begin with `mechanic_`. With lr=1.0 it needs no
-    tuning; schedules, ratios between group learning rates and weight decay keep their meaning, and everything is
-    multiplied by the learned scale. The same arguments give the same class.
+    under names that begin with `mechanic_`. With lr=1.0, which is also the lr if none is given, it needs no tuning;
+    schedules, ratios between group learning rates and weight decay keep their meaning, and everything is multiplied by
+    the learned scale. The same arguments give the same class.
 
     Args:
         Base: an optimizer class, not an instance.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -86,6 +87,56 @@ def test_a_script_of_lightning(tmp_path, forks_of_frameworks):
     assert re.search(r"AdamW\W+120\W+0\W+0\W+1\.0e-06", report)
     assert report.count("to train without Mechanic, use AdamW with lr=") == 1
     assert '"loss": [\n        [\n          1,' in (tmp_path / "report" / "report.json").read_text(encoding="utf-8")
+
+
+PREEMPTED = """
+import os, signal, sys
+from lightning import Callback
+
+def handler():
+    theirs = signal.getsignal(signal.SIGTERM)
+    return getattr(theirs, "signal_handlers", theirs)
+
+class Preempt(Callback):
+    def on_train_batch_end(self, *_):
+        print("in fit", [each.__name__ for each in handler()])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+trainer.callbacks.append(Preempt())
+print("before", int(handler()))
+try:
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8))
+except SystemExit as error:
+    print("after", type(error).__name__, trainer.received_sigterm, int(handler()), flush=True)
+    if "again" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise
+"""
+
+
+@pytest.mark.xdist_group("frameworks")
+def test_lightning_handles_sigterm_as_it_does_without_us(tmp_path, forks_of_frameworks):
+    """It looks who handles SIGTERM first, calls that one after its own, and puts it back at the end."""
+    path = tmp_path / "script.py"
+    path.write_text(LIGHTNING[: LIGHTNING.index("trainer.fit")] + PREEMPTED, encoding="utf-8")
+
+    def ends(*arguments):
+        plain = forks_of_frameworks.run([path, *arguments], tmp_path, cwd=tmp_path)
+        ours = forks_of_frameworks.run(["-m", "mechanic_pytorch", "run", path, *arguments], tmp_path, cwd=tmp_path)
+        assert ours.stdout == plain.stdout, ours.stderr
+        return plain, ours
+
+    plain, ours = ends()
+    assert plain.stdout.splitlines() == [
+        "before 0",
+        "in fit ['_sigterm_notifier_fn']",
+        "after SIGTERMException True 0",
+    ]
+    assert plain.returncode == ours.returncode == 0, "Lightning's choice"
+    assert ours.stderr.endswith("mechanic: no lr is advised, because the script ended with SIGTERMException\n")
+    plain, ours = ends("again")
+    assert plain.returncode == ours.returncode == -signal.SIGTERM
+    assert ours.stderr.endswith("mechanic: no lr is advised, because the script ended with SIGTERM\n")
 
 
 def test_accelerate():

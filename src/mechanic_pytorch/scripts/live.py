@@ -54,8 +54,7 @@ class LiveLine:
         try:
             yield
         finally:
-            with self._lock:
-                self._close()
+            self.close()
             for stream in self._streams:
                 vars(stream).pop("write", None)
             builtins.input = ask
@@ -82,7 +81,7 @@ class LiveLine:
                 self._erase()
                 count = write(text)
                 if _MOVES.search(_STYLE.sub("", text)):
-                    self._close()
+                    self.close()
                 else:
                     self._tail = re.split(r"[\n\r]", self._tail + text)[-1]
                     self._draw()
@@ -122,6 +121,8 @@ class LiveLine:
         self._write(text)
         self._streams[0].flush()
 
-    def _close(self) -> None:
-        self._erase()
-        self._is_open = False
+    def close(self) -> None:
+        """Erase it, and draw it no more."""
+        with self._lock:
+            self._erase()
+            self._is_open = False

@@ -54,7 +54,8 @@ def place_of(optimizer: object) -> Place:
     if found is None:
         return Place()
     path = found.f_code.co_filename
-    assigned = _ASSIGNED.match(linecache.getline(path, found.f_lineno, found.f_globals))
+    line = linecache.getline(path, found.f_lineno, found.f_globals)
+    assigned = None if ";" in line else _ASSIGNED.match(line)  # several statements: who knows which of them
     variable = assigned[1] if assigned and not keyword.iskeyword(assigned[1]) else ""  # as in "else: x = ..."
     return Place(path, found.f_lineno, variable)
 

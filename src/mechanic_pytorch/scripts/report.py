@@ -408,16 +408,24 @@ def _draw(path: Path, optimizers: Sequence[dict[str, Any]]) -> None:
             many = last >= COLORS  # then the colors run from the first to the last, which alone are named
             color = colormaps["viridis"](i / last) if many else f"C{i}"
             axes.plot(*zip(*curve, strict=True), color=color, label=None if many and 0 < i < last else name)
+        peaks = {(group["script_lr"], group["learned_lr"]) for group in one["groups"]}
+        if len(peaks) == 1:  # more would hide the curves
+            for lr, style, name in zip(*peaks, (":", "--"), ("script's lr", "learned peak lr"), strict=True):
+                if lr:
+                    axes.axhline(lr, color="black", linewidth=0.8, linestyle=style, label=f"{name}, {digit(lr)}")
         log_scale(axes)
+        axes.grid(alpha=0.3)
         axes.set_title(one["name"])
         axes.set_xlabel("step")
         axes.set_ylabel("effective lr")
-        if last > 0:
+        if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend()
         if one["loss"]:
             other = axes.twinx()
             other.plot(*zip(*one["loss"], strict=True), color="gray", linewidth=0.8)
             other.set_ylabel("loss (gray)")
+            axes.set_zorder(other.get_zorder() + 1)  # which leaves the legend readable
+            axes.patch.set_visible(False)
     figure.savefig(path, dpi=150)
 
 

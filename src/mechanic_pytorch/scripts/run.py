@@ -47,6 +47,7 @@ from mechanic_pytorch.scripts.report import (
     write,
     write_json,
 )
+from mechanic_pytorch.scripts.sigterm import before_sigterm
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
 FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
@@ -85,6 +86,15 @@ class ScriptPatch(Patch):
         if self._over_world and _world_size() > 1:
             self.options["process_group"] = dist.group.WORLD
         return super().mechanized(base)
+
+    def without_effect(self) -> list[str]:
+        """Return also that the group of all processes was not to be had."""
+        said = super().without_effect()
+        if self._over_world and "process_group" not in self.options:
+            said.append(
+                "process-group world has no effect, because no optimizer was mechanized in a group of processes"
+            )
+        return said
 
     def add(self, optimizer: Optimizer, one: Built) -> None:
         """Say that it was built, and begin its log."""
@@ -182,14 +192,17 @@ class Watch(Patch):
         return {**self._facts, "outcome": outcome, "seconds": seconds, "processes": self.children.as_json()}
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
-        """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
-        if self.directory is None or not can_sync(optimizer) or not self.is_here():
-            return
-        if time.monotonic() - self._written < FLUSH_SECONDS:
+        """Write report.json now and then: nobody can after a SIGKILL."""
+        if not can_sync(optimizer) or not self.is_here() or time.monotonic() - self._written < FLUSH_SECONDS:
             return
         self._written = time.monotonic()
-        with suppress(Exception):  # the end of the run will tell; training goes on
-            write_json(self.directory, self.built, self.records, self.facts_now("running"))
+        self.write_numbers("running")
+
+    def write_numbers(self, outcome: str) -> None:
+        """Write report.json if it can be written; if not, the end of the run will tell."""
+        with suppress(Exception):
+            if self.directory is not None:
+                write_json(self.directory, self.built, self.records, self.facts_now(outcome))
 
 
 @dataclass(frozen=True)
@@ -219,15 +232,31 @@ def run(job: Job) -> None:
     """Run the script, and report."""
     watch = job.watch
     outcome, has_news, start = "finished", True, time.monotonic()
+    line = job.patch.live if isinstance(job.patch, ScriptPatch) else None
+
+    def was_to_train() -> bool:
+        return bool(watch.built) or time.monotonic() - start > AT_ONCE
+
+    def at_sigterm() -> None:
+        if was_to_train() and reports() and watch.is_here():
+            watch.write_numbers("SIGTERM")  # first, because a SIGKILL may follow soon
+            if line:
+                line.close()
+            _report(job, "SIGTERM")
+
     try:
-        line = job.patch.live if isinstance(job.patch, ScriptPatch) else None
-        with watch.watching(), patching(job.patch), line.open() if line else nullcontext():
+        with (
+            watch.watching(),
+            patching(job.patch),
+            line.open() if line else nullcontext(),
+            before_sigterm(at_sigterm) if reports() else nullcontext(),
+        ):
             _execute(job)
     except BaseException as error:
-        has_news = bool(watch.built) or time.monotonic() - start > AT_ONCE
+        has_news = was_to_train()
         if not isinstance(error, SystemExit):
             _show_only_frames_of_script()
-        if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+        if not (type(error) is SystemExit and error.code in (None, 0)):  # one of a subclass has a reason: SIGTERM
             outcome = _in_words(error)
             raise
     finally:
