@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mechanic_pytorch._classes import with_layout
+from mechanic_pytorch._classes import mechanize, with_layout
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
 from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of, is_ours
-from mechanic_pytorch.mechanic import Mechanic, mechanize
+from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.place import place_of
 from mechanic_pytorch.scripts.wrapping import Function, wrapped
 
