@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counting import Operations
+from helpers import delta_of
 from mechanic_pytorch import mechanize
 
 STEPS, BATCH = 15, 8
@@ -422,7 +423,7 @@ def resume(directory, dtype, per_group, rank, size):
     state = {"model": model, "optimizer": optimizer}
     dcp.load(state, checkpoint_id=directory)
     set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    deltas = [value["mechanic_delta"].dtype for value in run.optimizer.state.values()]
+    deltas = [delta_of(run.optimizer, p).dtype for p in run.optimizer.state]
     return {**outcome(train(run, 10, first=10)), "delta_dtypes": set(deltas)}
 
 

@@ -25,6 +25,7 @@ from matplotlib import image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers import set_steps
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
 from mechanic_pytorch.scripts import cli, environment
@@ -251,7 +252,7 @@ def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run)
 def test_a_terminal_gets_a_new_line_first_whole_numbers_and_lines_that_break_between_words(width):
     with patched() as built:
         (optimizer,) = [trained([0.1, 0.1, 0.05, 0.1, 0.025])]
-        optimizer.mechanic_tuner.groups[0]["mechanic_steps"].fill_(12_345)
+        set_steps(optimizer, 12_345)
     numbers = ["12345", "1.0e-01", *(f"{lr:.0e}" for lr in optimizer.learned_lr())]
     texts = {}
     for is_terminal in (True, False):
