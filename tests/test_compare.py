@@ -143,13 +143,12 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(compare, tmp_path, faili
     assert (tmp_path / "out" / "compare.png").exists()
 
 
-def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, monkeypatch, capsys):
-    def train_all(job):
+def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, capsys):
+    def interrupted():
         yield Trained("plain", 0, tmp_path, OK, {"seconds": 7.2})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparing, "_train_all", train_all)
-    assert comparing.compare(cli.Comparison(["x.py"], [], [0], tmp_path)) == 130
+    assert comparing.compare(cli.Comparison(["x.py"], [], [0], tmp_path), interrupted()) == 130
     assert not (tmp_path / "compare.png").exists(), "there is nothing to draw"
     (run,) = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
     assert (run["kind"], run["seconds"], run["optimizers"]) == ("plain", 7.2, [])

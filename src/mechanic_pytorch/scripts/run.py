@@ -49,7 +49,6 @@ from mechanic_pytorch.scripts.report import (
 )
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
-FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
 AT_ONCE = 60.0  # a script that ends itself sooner, and without an optimizer, was not to train: --help, a wrong argument
 
 
@@ -141,14 +140,22 @@ class Watch(Patch):
         directory: of the report, or None.
         facts: what else the report holds.
         with_plain: whether optimizers that are left as they are have curves, too.
+        flush_seconds: how old report.json is at most when a run is killed.
     """
 
-    def __init__(self, directory: Path | None, facts: dict[str, Any], *, with_plain: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        facts: dict[str, Any],
+        *,
+        with_plain: bool = False,
+        flush_seconds: float = 60.0,
+    ) -> None:
         super().__init__(None, (), (), {})
         self.records: dict[Built, Record] = {}
         self.children = Children()
         self.directory = directory
-        self._facts, self._with_plain = facts, with_plain
+        self._facts, self._with_plain, self._flush_seconds = facts, with_plain, flush_seconds
         self._losses = Losses()
         self._start = self._written = time.monotonic()
         self._process = os.getpid()
@@ -185,7 +192,7 @@ class Watch(Patch):
         """Write report.json now and then: nobody can after a SIGTERM or a SIGKILL."""
         if self.directory is None or not can_sync(optimizer) or not self.is_here():
             return
-        if time.monotonic() - self._written < FLUSH_SECONDS:
+        if time.monotonic() - self._written < self._flush_seconds:
             return
         self._written = time.monotonic()
         with suppress(Exception):  # the end of the run will tell; training goes on
