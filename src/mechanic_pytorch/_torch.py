@@ -45,7 +45,7 @@ _WRAPPERS = [
 
 
 def requires_closure(step: Callable[..., Any]) -> bool:
-    """Return True if a base cannot step without a closure, which means that it evaluates it more than once (LBFGS)."""
+    """Return True if a base must have a closure. It then evaluates the closure more than once (LBFGS)."""
     closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

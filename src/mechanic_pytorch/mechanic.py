@@ -112,7 +112,7 @@ class Mechanic(Optimizer):
 
         Args:
             closure: re-evaluates the model, with autograd on, and returns the loss. Its first evaluation happens before
-                the base sees it, at the same weights; the base evaluates it as often as it would by itself.
+                the base sees it, at the same weights; the base evaluates it as often as without Mechanic.
             *args: passed on to the base.
             **kwargs: passed on to the base.
 

@@ -45,7 +45,7 @@ def patched(
     s_init: Any = "auto",
     **options: Any,
 ) -> AbstractContextManager[Sequence[Built]]:
-    """Mechanize every optimizer of `torch.optim` that is built inside this context, by whomever.
+    """Mechanize every optimizer of `torch.optim` that is built inside this context, by any code.
 
     The optimizer is an instance of the class that was called, and of `Mechanic`. How the class was got hold of makes no
     difference. Left as they are: third-party optimizers, subclasses of torch's, and LBFGS, which assumes that it owns

@@ -70,11 +70,11 @@ class ScriptPatch(Patch):
         self._of_kind: Counter[Hashable] = Counter()
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
-        """Leave all plain in a script that makes processes by itself, because nothing mechanizes the others' part."""
+        """Leave all plain in a script that starts processes, because nothing mechanizes what they train."""
         reason = super().reason_against(cls)
         if reason is None and not self._was_launched and _world_size() > 1:
             return (
-                "the script has started other processes by itself, and they train plainly; "
+                "the script has started other processes, and they train plainly; "
                 f"use torchrun --nproc-per-node {_world_size()} -m mechanic_pytorch run"
             )
         return reason
