@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.counting import Operations
 from helpers import delta_of
 from mechanic_pytorch import mechanize
+from mechanic_pytorch.distributed import sum_over_processes
 
 STEPS, BATCH = 15, 8
 BASES = {
@@ -335,6 +336,14 @@ def frozen(layout, base, rank=0, size=1):
     train(run, 10, first=10, after_backward=poison)
     run.optimizer.unfreeze_scale()
     return outcome(train(run, 10, first=20))
+
+
+def sums_of_others(rank, size):
+    """Add up over two groups, in which one process has a number each and the other has none."""
+    groups = [(dist.new_group(range(size)),) for _ in range(2)]
+    one = torch.ones(1)
+    partial = {(): one} | (dict.fromkeys(groups, one) if rank else {})
+    return sum_over_processes(partial, groups).tolist(), one.tolist()
 
 
 def one_overflow(rank, size):

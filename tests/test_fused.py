@@ -212,6 +212,17 @@ def test_the_base_steps_by_itself_where_its_rule_is_not_known(build):
     assert optimizer.state[params[0]]["step"] == steps + 1
 
 
+def test_state_in_another_dtype_is_left_to_the_base_which_refuses_it_before_a_weight_moves():
+    params, optimizer = params_and_optimizer("AdamW", torch.float32)
+    train_on_noise(params, optimizer, 2)
+    state = optimizer.state[params[6]]  # the kernel would step the parameters before it first
+    state["exp_avg"] = state["exp_avg"].double()
+    before = copy.deepcopy(params)
+    with pytest.raises(RuntimeError):
+        train_on_noise(params, optimizer, 1, first=2)
+    assert all(map(torch.equal, params, before))
+
+
 @pytest.mark.parametrize("wrap", [lambda step: step, torch.optim.Optimizer.profile_hook_step])
 def test_a_step_that_somebody_put_into_torchs_class_is_called(wrap, monkeypatch):
     params, optimizer = params_and_optimizer("Adam", torch.float32)
