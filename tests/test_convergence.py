@@ -74,10 +74,10 @@ def test_other_steps_profiles_and_versions_are_other_jobs(task, tmp_path, monkey
     path = tmp_path / "results.jsonl"
     run_program(path, task, "--methods", "ours", seeds=["0"])
     run_program(path, task, "--methods", "ours", "--profile", "full", seeds=["0"])
-    monkeypatch.setitem(task.lengths, "quick", 21)
-    run_program(path, task, "--methods", "ours", seeds=["0"])
+    longer = tiny(steps=21)
+    run_program(path, longer, "--methods", "ours", seeds=["0"])
     monkeypatch.setattr(methods, "package_version", lambda: "9.9")
-    run_program(path, task, "--methods", "ours", seeds=["0"])
+    run_program(path, longer, "--methods", "ours", seeds=["0"])
     assert len(set(identities(path))) == len(identities(path)) == 4
 
 
