@@ -166,7 +166,7 @@ def make_notes(plain: list[Run], mechanized: list[Run], auto: list[Run], data: D
 
 
 def is_held_back(run: Run, good: list[Run]) -> bool:
-    """Tell whether a mechanized run lies below all good ones, lr=1.0 among them, in its base lr and what it learned."""
+    """Return True if base lr and learned lr of a mechanized run are below those of all good ones, lr=1.0 among them."""
     lr_one_is_good = any(other.base_lr == 1.0 for other in good)
     return lr_one_is_good and all(run.base_lr < other.base_lr and run.learned_lr < other.learned_lr for other in good)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import mechanic_pytorch.optim
 from bases import CASES
 from device import DEVICE
+from helpers import DELTA, delta_of, reference_of
 from mechanic_pytorch import is_mechanized, kernels, mechanize
 from mechanic_pytorch._torch import has_memory
 from problems import IMAGES, LABELS, full_loss, mlp, train
@@ -127,13 +128,13 @@ def test_a_base_that_starts_later():
     model = mlp()
     optimizer = mechanize(Accumulating)(model.parameters(), lr=1.0)
     train(model, optimizer, 2)
-    assert set(optimizer.state[model[0].weight]) == {"mechanic_delta"}
+    assert set(optimizer.state[model[0].weight]) == {DELTA}
     twin = mlp()
     other = mechanize(Accumulating)(twin.parameters(), lr=1.0)
     other.load_state_dict(optimizer.state_dict())
     pickle.loads(pickle.dumps(optimizer))
     train(model, optimizer, 600, first=2)
-    assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq", "mechanic_delta"}
+    assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq", DELTA}
     assert full_loss(model) < 0.5
 
 
@@ -224,11 +225,10 @@ def test_the_learned_lr_after_very_many_steps():
     model = mlp()
     optimizer = mechanize(torch.optim.SGD, s_init=1e-3)(model.parameters(), lr=1.0)
     train(model, optimizer, 3)
-    group = optimizer.param_groups[0]
-    group["mechanic_lr_sums"].copy_(torch.tensor([1e6, 1e8, 1.0]))
-    before = group["mechanic_lr_sums"].clone()
+    sums = optimizer.param_groups[0]["mechanic_lr_sums"]
+    before = sums.copy_(torch.tensor([1e6, 1e8, 1.0])).clone()
     train(model, optimizer, 10, first=3)
-    grown = group["mechanic_lr_sums"] - before
+    grown = sums - before
     assert grown[1] == 10
     assert grown[0] > 0
 
@@ -255,8 +255,8 @@ def test_weights_without_values(base, options):
                 assert "on meta tensors" in str(error)  # noqa: PT017
                 continue
             model, optimizer = train(mechanize(base, **options))
-        kept = "mechanic_reference" if options else "mechanic_delta"
-        assert [optimizer.state[p][kept].shape for p in model.parameters()] == [(3, 4), (3,)]
+        stored_of = reference_of if options else delta_of
+        assert [stored_of(optimizer, p).shape for p in model.parameters()] == [(3, 4), (3,)]
 
 
 def test_weights_without_memory_never_meet_a_kernel_that_reads_addresses(monkeypatch):

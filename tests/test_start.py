@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
+from helpers import compensation_of, delta_of
 from mechanic_pytorch import mechanize
 from problems import IMAGES, LABELS, full_loss, mlp, train
 
@@ -135,5 +136,5 @@ def test_the_tuner_does_not_follow_the_parameters_dtype(dtype):
     assert optimizer.scale.dtype == torch.float64
     for p in model.parameters():
         assert p.dtype == dtype
-        assert optimizer.state[p]["mechanic_delta"].dtype == expected
-        assert ("mechanic_compensation" in optimizer.state[p]) == (dtype.itemsize < 4)
+        assert delta_of(optimizer, p).dtype == expected
+        assert (compensation_of(optimizer, p) is not None) == (dtype.itemsize < 4)
