@@ -1,6 +1,6 @@
 """What the plain steps of "auto" cost where the schedule falls gently: the present rule beside the one before it.
 
-    for page in README.md docs/compare.md docs/safety.md; do python -m benchmarks.falling --fill $page; done
+    for page in README.md docs/{compare,index,safety}.md; do python -m benchmarks.falling --fill $page; done
 
 `convergence/results.jsonl` has the tuned grid, and `ours-auto` by the rule before; `convergence/plain-steps.jsonl` has
 `ours-auto` by the present one, made by `python -m benchmarks.convergence run --profile full --methods ours-auto` on a

@@ -19,11 +19,7 @@ class Case:
     closure: bool = False
     per_group: bool = False  # a scale for each layer
     mechanic: dict = field(default_factory=dict)  # other options of mechanize
-
-    @property
-    def slot(self):
-        """What holds the one tensor that the tuner keeps of each parameter."""
-        return "mechanic_delta" if "s_init" in self.mechanic else "mechanic_reference"
+    bar: float = 0.5  # for the loss after 200 steps at lr=1.0, from 2.3
 
     def build(self, **mechanic_options):
         """Return a new model and its mechanized optimizer at lr=1.0."""
@@ -55,7 +51,8 @@ CASES = {
     "NAdam": Case(torch.optim.NAdam),
     "RAdam": Case(torch.optim.RAdam),
     "RMSprop": Case(torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
-    "Rprop": Case(torch.optim.Rprop),
+    # On mini-batches its step sizes shrink a millionfold (docs/limits.md). The best plain lr has 0.25.
+    "Rprop": Case(torch.optim.Rprop, bar=0.75),
     "Adagrad": Case(torch.optim.Adagrad),
     **({} if DEVICE else {"Adagrad_fused": Case(torch.optim.Adagrad, {"fused": True})}),  # for CPUs alone
     "Adadelta": Case(torch.optim.Adadelta),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from device import DEVICE
+from mechanic_pytorch._buckets import slot
 
 PUBLISHED = {"s_init": 1e-8}  # Algorithm 1 as published, with the start of version 0.0.1
 
@@ -53,10 +54,52 @@ def as_added_up(numbers):
     return pytest.approx(numbers, rel=1e-14, abs=0.0) if DEVICE else numbers
 
 
+# What an optimizer stores, for tests of something else than of how. `test_what_a_checkpoint_holds` spells that out.
+
+COMPENSATION = "mechanic_compensation"
+COUNTS = "mechanic_steps", "mechanic_skipped_steps"
+
+
+def slot_of(optimizer):
+    """Return the key of the one tensor that is stored for each parameter."""
+    return slot(optimizer.mechanic_config)
+
+
+def stored_of(optimizer, p):
+    """Return that tensor, which steps change: where the parameter's way begins, or its sum of updates; None if none."""
+    return optimizer.state[p].get(slot_of(optimizer))
+
+
+def compensation_of(optimizer, p):
+    """Return what rounding has taken from a parameter's weights; None if nothing is kept."""
+    return optimizer.state[p].get(COMPENSATION)
+
+
+def row_of(group):
+    """Return what a parameter group holds of the tuner, without the counts."""
+    return {key: value for key, value in group.items() if key.startswith("mechanic_") and key not in COUNTS}
+
+
+def lr_factors(optimizer):
+    """Return for each parameter group by what `s_init="auto"` multiplies the base's lr."""
+    return optimizer.mechanic_tuner.lr_factors(can_sync=False)
+
+
+def set_steps(optimizer, steps):
+    """Let an optimizer have made so many steps."""
+    optimizer.mechanic_tuner.groups[0][COUNTS[0]].fill_(steps)
+
+
 def count_a_skipped_step(state_dict):
     """Count one more step and one more skip in a checkpoint: all that a step with a bad gradient may change."""
-    for key in ("mechanic_steps", "mechanic_skipped_steps"):
+    for key in COUNTS:
         state_dict["param_groups"][0][key] += 1
+
+
+def forget_counts(state_dict):
+    """Take the counts out of a checkpoint."""
+    for key in COUNTS:
+        del state_dict["param_groups"][0][key]
 
 
 class Graphs:

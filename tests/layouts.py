@@ -27,7 +27,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counting import Operations
+from helpers import stored_of
 from mechanic_pytorch import mechanize
+from mechanic_pytorch.distributed import sum_over_processes
 
 STEPS, BATCH = 15, 8
 BASES = {
@@ -336,6 +338,14 @@ def frozen(layout, base, rank=0, size=1):
     return outcome(train(run, 10, first=20))
 
 
+def sums_of_others(rank, size):
+    """Add up over two groups, in which one process has a number each and the other has none."""
+    groups = [(dist.new_group(range(size)),) for _ in range(2)]
+    one = torch.ones(1)
+    partial = {(): one} | (dict.fromkeys(groups, one) if rank else {})
+    return sum_over_processes(partial, groups).tolist(), one.tolist()
+
+
 def one_overflow(rank, size):
     """A fused base, whose `GradScaler` has found an overflow in one process alone."""
     run = fsdp2("adamw_fused", rank, size)
@@ -422,7 +432,7 @@ def resume(directory, dtype, per_group, rank, size):
     state = {"model": model, "optimizer": optimizer}
     dcp.load(state, checkpoint_id=directory)
     set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    deltas = [value["mechanic_delta"].dtype for value in run.optimizer.state.values()]
+    deltas = [stored_of(run.optimizer, p).dtype for p in run.optimizer.state]
     return {**outcome(train(run, 10, first=10)), "delta_dtypes": set(deltas)}
 
 

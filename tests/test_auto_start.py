@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import oracle
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import assert_identical
+from helpers import assert_identical, compensation_of, lr_factors, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import MEMORY_POWERS, Memory
 from mechanic_pytorch.telemetry import read_out
@@ -150,9 +150,9 @@ def test_newcomers_begin_anew_in_their_group_alone(dtype):
             before = float(optimizer.scale[0]) if t == 20 else 0.0
             optimizer.step()
         others.append([other, *(value for key, value in optimizer.param_groups[1].items() if key != "params")])
-        stored = optimizer.state[first]
-        here = first.detach().float() + stored.get("mechanic_compensation", 0.0)
-        assert torch.equal(stored["mechanic_reference"], here) == comes
+        lost = compensation_of(optimizer, first)
+        here = first.detach().float() + (0.0 if lost is None else lost)
+        assert torch.equal(stored_of(optimizer, first), here) == comes
         assert (optimizer.scale[0] < 0.01 * before) == comes
     assert_identical(*others)
 
@@ -424,7 +424,7 @@ def test_the_lr_that_the_user_sees_is_the_users():
         train(model, optimizer, 1, first=2)
     assert [group["lr"] for group in optimizer.param_groups] == [lr, 5e-4]
     assert optimizer.param_groups[0]["lr"] is lr
-    factor = optimizer.param_groups[0]["mechanic_lr_factor"]
+    factor = lr_factors(optimizer)[0]
     assert seen == [pytest.approx([1.0, 0.5]), *[pytest.approx([1e-3 * factor, 5e-4 * factor])] * 2]
     assert factor > 999
 
@@ -435,24 +435,24 @@ def test_once_chosen_the_factor_changes_only_if_lr_grows_past_it():
     optimizer = auto("SGD", model.parameters(), 1e-3)
     schedule = LambdaLR(optimizer, lambda t: min(1.0, t / 5))
     train(model, optimizer, 3, scheduler=schedule)
-    factor = optimizer.param_groups[0]["mechanic_lr_factor"]
+    factor = lr_factors(optimizer)[0]
     assert math.log2(factor / 1000.0) % 1 == 0
     train(model, optimizer, 10, first=3, scheduler=schedule)
     other = auto("SGD", mlp().parameters(), 1.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for one in (optimizer, other):
         train(model, one, 1, first=13)
-        assert one.param_groups[0]["mechanic_lr_factor"] == factor
+        assert lr_factors(one)[0] == factor
     peak, learned = optimizer.effective_lr(), optimizer.learned_lr()
     optimizer.param_groups[0]["lr"] = 5e-3
     train(model, optimizer, 1, first=14)
-    assert optimizer.param_groups[0]["mechanic_lr_factor"] == factor / 8
+    assert lr_factors(optimizer)[0] == factor / 8
     assert optimizer.learned_lr() == pytest.approx([5 * learned[0]], rel=0.5)
     assert optimizer.effective_lr()[0] < 10 * peak[0]
     optimizer.reset()
     optimizer.param_groups[0]["initial_lr"] = 1.0
     train(model, optimizer, 1)
-    assert optimizer.param_groups[0]["mechanic_lr_factor"] == 1.0
+    assert lr_factors(optimizer)[0] == 1.0
 
 
 @pytest.mark.parametrize("can_sync", [True, False])
@@ -468,7 +468,7 @@ def test_a_first_update_too_short_to_use_is_used_where_lr_cannot_grow(can_sync, 
         scales.append(float(optimizer.scale))
     assert (scales[0] > 0) == (not can_sync)
     assert scales[-1] > 0
-    assert (optimizer.param_groups[0]["mechanic_lr_factor"] > 1) == can_sync
+    assert (lr_factors(optimizer)[0] > 1) == can_sync
 
 
 def test_a_base_that_sets_its_own_lr_keeps_what_it_set():

@@ -14,6 +14,7 @@ import torch
 
 import mechanic_pytorch
 import mechanic_pytorch.optim
+from helpers import stored_of
 from mechanic_pytorch import Mechanic, is_mechanized, mechanize
 from problems import loss_of, mlp, train
 
@@ -168,7 +169,7 @@ def test_effective_lr_is_the_lr_of_an_equal_plain_step():
     assert isinstance(lrs[0], float)
     q = p.detach().clone().requires_grad_()
     p.grad = q.grad = torch.full_like(p, 1e-3)
-    delta, scale = optimizer.state[p]["mechanic_delta"].clone(), optimizer.scale
+    delta, scale = stored_of(optimizer, p).clone(), optimizer.scale
     optimizer.step()
     torch.optim.SGD([q], lr=lrs[0]).step()
     torch.testing.assert_close(p - (optimizer.scale - scale) * (delta - 0.5e-3), q, rtol=1e-12, atol=0)

@@ -8,6 +8,7 @@ from statistics import fmean
 import pytest
 from matplotlib import image
 
+from mechanic_pytorch._config import Config
 from mechanic_pytorch.scripts import cli
 from mechanic_pytorch.scripts import compare as comparing
 from mechanic_pytorch.scripts.compare import NOT_RUN, OK, TITLES, Trained, _show, last_loss
@@ -143,13 +144,12 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(compare, tmp_path, faili
     assert (tmp_path / "out" / "compare.png").exists()
 
 
-def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, monkeypatch, capsys):
-    def train_all(job):
+def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, capsys):
+    def interrupted():
         yield Trained("plain", 0, tmp_path, OK, {"seconds": 7.2})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparing, "_train_all", train_all)
-    assert comparing.compare(cli.Comparison(["x.py"], [], [0], tmp_path)) == 130
+    assert comparing.compare(cli.Comparison(["x.py"], [], [0], tmp_path), interrupted()) == 130
     assert not (tmp_path / "compare.png").exists(), "there is nothing to draw"
     (run,) = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
     assert (run["kind"], run["seconds"], run["optimizers"]) == ("plain", 7.2, [])
@@ -181,8 +181,7 @@ def test_options_of_mechanize_reach_the_mechanized_run(tmp_path):
     job = cli._compare.main(["--report", str(tmp_path), *options, "--max-lr", "0.5", __file__, "--x"], **read)
     assert (job.command, list(job.seeds), job.directory) == ([__file__, "--x"], [0], tmp_path)
     patch = cli._run.main([*job.options, __file__], **read).patch
-    assert patch.options == {
-        **{"s_decay": 0.01, "s_init": "auto", "eps": 1e-8},
-        **{"betas": (0.9, 0.99), "skip_nonfinite": False, "per_group": True, "max_lr": 0.5},
-    }
+    given = {"betas": (0.9, 0.99), "skip_nonfinite": False, "per_group": True, "max_lr": 0.5}
+    defaults = {name: value for name, value in vars(Config(s_init="auto")).items() if name in patch.options}
+    assert patch.options == defaults | given
     assert patch.include == ["LBFGS", "a.B"]

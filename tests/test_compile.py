@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import Graphs, assert_identical, count_a_skipped_step
+from helpers import Graphs, assert_identical, count_a_skipped_step, stored_of
 from mechanic_pytorch import mechanize, patched
 from problems import loss_of, mlp
 
@@ -50,8 +50,7 @@ def model_and_optimizer(name, dtype=torch.float32, **mechanic_options):
 def assert_same_run(model, optimizer, twin, other, **tolerance):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, **tolerance)
-        slot = "mechanic_reference" if optimizer.mechanic_config.s_init == "auto" else "mechanic_delta"
-        torch.testing.assert_close(optimizer.state[p][slot], other.state[q][slot], **tolerance)
+        torch.testing.assert_close(stored_of(optimizer, p), stored_of(other, q), **tolerance)
     torch.testing.assert_close(optimizer.scale, other.scale, **tolerance)
 
 

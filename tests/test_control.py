@@ -15,10 +15,9 @@ import oracle
 from bases import CASES
 from benchmarks.counting import Operations, transient_bytes
 from device import DEVICE
-from helpers import PUBLISHED, Graphs, assert_identical, count_a_skipped_step
+from helpers import PUBLISHED, Graphs, assert_identical, count_a_skipped_step, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import bounded
-from mechanic_pytorch._buckets import SLOTS
 from mechanic_pytorch._config import TunerState
 from mechanic_pytorch._torch import NOT_IN_PROPORTION
 from mechanic_pytorch.telemetry import read_out
@@ -51,7 +50,7 @@ def plain_twin(model, optimizer, name):
 
 def tuner(optimizer):
     """Return what the tuner and its sums are, without counters."""
-    now, sums = read_out(optimizer), [[s.get(slot) for slot in SLOTS] for s in optimizer.state.values()]
+    now, sums = read_out(optimizer), [stored_of(optimizer, p) for p in optimizer.state]
     return copy.deepcopy([now.max_product, now.sum_squared_products, now.reward, now.scales, sums])
 
 
@@ -145,10 +144,10 @@ def test_no_weight_jumps_when_it_is_unfrozen(name):
     losses = train(model, optimizer, 100, first=STEPS)
     optimizer.unfreeze_scale()
     before = [p.detach().clone() for p in model.parameters()]
-    sums, scale = [optimizer.state[p]["mechanic_delta"].clone() for p in model.parameters()], optimizer.scale
+    sums, scale = [stored_of(optimizer, p).clone() for p in model.parameters()], optimizer.scale
     train(model, optimizer, 1, first=STEPS)
     for p, x, old in zip(model.parameters(), before, sums, strict=True):
-        expected = x + optimizer.scale * optimizer.state[p]["mechanic_delta"] - scale * old
+        expected = x + optimizer.scale * stored_of(optimizer, p) - scale * old
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)  # some roundings of numbers near 1
     assert max(train(model, optimizer, 20, first=STEPS + 80)) <= max(losses[-20:])  # the same batches
 
@@ -182,7 +181,7 @@ def test_a_distributed_checkpoint_holds_it(flatten):
     (model, optimizer), (twin, other) = frozen("AdamW_fused"), CASES["AdamW_fused"].build()
     weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
     set_state_dict(twin, other, model_state_dict=weights, optim_state_dict=state, options=options)
-    assert other.param_groups[0]["mechanic_frozen_scale"] == float(optimizer.scale) > 0
+    assert other.mechanic_tuner.frozen_scales() == [float(optimizer.scale)] > [0.0]
     assert train(model, optimizer, 5) == train(twin, other, 5)
 
 

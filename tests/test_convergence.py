@@ -41,16 +41,17 @@ def tiny(name="tiny", base="Adam", steps=20, **options):
 
 
 @pytest.fixture
-def task(monkeypatch):
-    task = tiny()
-    monkeypatch.setattr(tasks, "TASKS", {"tiny": task})
-    monkeypatch.setattr(program, "TASKS", {"tiny": task})
-    monkeypatch.setattr(tables, "TASKS", {"tiny": task})
-    return task
+def task():
+    return tiny()
 
 
-def run_program(path, *arguments, seeds=("0", "1")):
-    return program.main(["run", "--results", str(path), "--jobs", "1", *METHODS, "--seeds", *seeds, *arguments])
+def main(arguments, task):
+    """Call the program, which then knows one task."""
+    return program.main(arguments, {task.name: task})
+
+
+def run_program(path, task, *arguments, seeds=("0", "1")):
+    return main(["run", "--results", str(path), "--jobs", "1", *METHODS, "--seeds", *seeds, *arguments], task)
 
 
 def identities(path):
@@ -59,9 +60,9 @@ def identities(path):
 
 def test_a_second_run_repeats_nothing(task, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    assert run_program(path) == 0
+    assert run_program(path, task) == 0
     before = path.read_bytes()
-    assert run_program(path) == 0
+    assert run_program(path, task) == 0
     assert path.read_bytes() == before
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 jobs run, 0 failed")
     assert len(identities(path)) == len(set(identities(path)))
@@ -71,12 +72,12 @@ def test_a_second_run_repeats_nothing(task, tmp_path, capsys):
 
 def test_other_steps_profiles_and_versions_are_other_jobs(task, tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
-    run_program(path, "--methods", "ours", seeds=["0"])
-    run_program(path, "--methods", "ours", "--profile", "full", seeds=["0"])
-    monkeypatch.setitem(task.lengths, "quick", 21)
-    run_program(path, "--methods", "ours", seeds=["0"])
+    run_program(path, task, "--methods", "ours", seeds=["0"])
+    run_program(path, task, "--methods", "ours", "--profile", "full", seeds=["0"])
+    longer = tiny(steps=21)
+    run_program(path, longer, "--methods", "ours", seeds=["0"])
     monkeypatch.setattr(methods, "package_version", lambda: "9.9")
-    run_program(path, "--methods", "ours", seeds=["0"])
+    run_program(path, longer, "--methods", "ours", seeds=["0"])
     assert len(set(identities(path))) == len(identities(path)) == 4
 
 
@@ -84,24 +85,24 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(task, tmp_path, monkeypa
     path = tmp_path / "results.jsonl"
     whole = methods.train
     monkeypatch.setattr(methods, "train", lambda job, *rest: 1 / 0 if job.method == "ours" else whole(job, *rest))
-    assert run_program(path) == 1
+    assert run_program(path, task) == 1
     assert "failed: tiny, ours, seed 1: ZeroDivisionError: division by zero" in capsys.readouterr().err
     errors = [line for line in Results(path).lines() if "error" in line]
     assert {(line["method"], line["seed"]) for line in errors} == {("ours", 0), ("ours", 1)}
     assert "1 / 0" in errors[0]["traceback"]
-    program.main(["report", "--results", str(path)])
+    main(["report", "--results", str(path)], task)
     assert "tiny, ours, seed 0: failed, ZeroDivisionError" in capsys.readouterr().out
     monkeypatch.setattr(methods, "train", whole)
     before = len(Results(path).lines())
-    assert run_program(path) == 0
+    assert run_program(path, task) == 0
     assert len(Results(path).lines()) == before + 2
-    program.main(["report", "--results", str(path)])
+    main(["report", "--results", str(path)], task)
     assert "ZeroDivisionError" not in capsys.readouterr().out
 
 
 def test_no_0_0_1_is_an_error_of_its_jobs_alone(task, tmp_path):
     path = tmp_path / "results.jsonl"
-    assert run_program(path, "--methods", "0.0.1", "ours", "--peers", str(tmp_path), seeds=["0"]) == 1
+    assert run_program(path, task, "--methods", "0.0.1", "ours", "--peers", str(tmp_path), seeds=["0"]) == 1
     ours, old = sorted(Results(path).lines(), key=lambda line: "error" in line)
     assert math.isfinite(ours["loss"])
     assert old["error"].startswith("SystemExit: start.py: no version 0.0.1 under")
@@ -147,13 +148,13 @@ def test_after_kill_9_every_job_ends_up_there_once(task, tmp_path):
         process.wait()
     kept = Results(path).lines()
     assert len(kept) >= 3
-    assert run_program(path) == 0
+    assert run_program(path, task) == 0
     lines = Results(path).lines()
     assert lines[: len(kept)] == kept
     keys = [key(found) for found in lines]
     assert len(keys) == len(set(keys)) > len(kept)
     expected = tmp_path / "expected.jsonl"
-    run_program(expected)
+    run_program(expected, task)
     assert set(keys) == set(identities(expected))
 
 
@@ -169,7 +170,7 @@ def test_on_a_local_ray(task, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     expected = tmp_path / "expected.jsonl"
-    run_program(expected, *few)
+    run_program(expected, task, *few)
     found, here = ({(line["method"], line["loss"]) for line in Results(p).lines()} for p in (path, expected))
     assert found == here
     assert len(identities(path)) == len(here) == 3
@@ -189,9 +190,9 @@ def test_an_interruption_by_hand_leaves_what_was_finished(task, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Results, "append", once_too_often)
         with pytest.raises(KeyboardInterrupt):
-            run_program(path)
+            run_program(path, task)
     assert len(identities(path)) == 3
-    run_program(path)
+    run_program(path, task)
     assert len(identities(path)) == len(set(identities(path)))
 
 
@@ -268,7 +269,7 @@ def test_every_method_starts_from_the_same_weights_and_batches(task, tmp_path):
 
 def test_the_learned_rate_is_that_of_the_same_seed(task, tmp_path):
     path = tmp_path / "results.jsonl"
-    run_program(path)
+    run_program(path, task)
     by_name = {(found["method"], found["seed"]): found for found in Results(path).lines()}
     for seed in (0, 1):
         assert by_name["plain@learned", seed]["lr"] == by_name["ours-auto", seed]["learned lr"] > 0
@@ -332,7 +333,7 @@ def written(task, tmp_path):
 
 
 def report_of(results, *arguments, capsys):
-    assert program.main(["report", "--results", str(results.path), *arguments]) == 0
+    assert main(["report", "--results", str(results.path), *arguments], tiny()) == 0
     return capsys.readouterr().out
 
 
@@ -399,7 +400,7 @@ def test_marked_tables_are_made_anew_and_nothing_else(written, tmp_path, capsys)
     assert "14 runs, seeds 0, 1; torch 2, Python 3, some machine" in text
     page.write_text("<!-- convergence: nothing -->\n<!-- end -->")
     with pytest.raises(SystemExit, match=r"no table is called 'nothing'\. Known: overview"):
-        program.main(["report", "--results", str(written.path), "--fill", str(page)])
+        main(["report", "--results", str(written.path), "--fill", str(page)], tiny())
 
 
 def test_every_profile_is_known_everywhere():
@@ -419,7 +420,7 @@ def test_the_documentation_says_what_the_results_say():
 
 def test_an_unknown_name_is_an_error_that_lists_the_known(task, tmp_path):
     with pytest.raises(SystemExit, match=r"nothing is called 'adam'\. Known: tiny"):
-        program.main(["run", "--tasks", "adam", "--results", str(tmp_path / "r")])
+        main(["run", "--tasks", "adam", "--results", str(tmp_path / "r")], task)
 
 
 def test_published_figures_are_only_beside_the_same_data():
@@ -484,6 +485,4 @@ def test_a_file_at_hand_is_checked_too(small_file, tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    only = tiny()
-    program.TASKS = tables.TASKS = {"tiny": only}
-    sys.exit(program.main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], tiny()))

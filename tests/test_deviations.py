@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import oracle
-from helpers import PUBLISHED
+from helpers import PUBLISHED, stored_of
 from mechanic_pytorch import _auto, mechanize
 from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch.mechanic import tune
@@ -91,7 +91,7 @@ def tuner(optimizer):
 
 
 def deltas(params, optimizer):
-    return arrays(optimizer.state[p]["mechanic_delta"] for p in params)
+    return arrays(stored_of(optimizer, p) for p in params)
 
 
 class Old:
@@ -203,7 +203,7 @@ def test_version_0_0_1_agrees_from_its_own_start_without_decay(name):
     """Given its m = 1e-6 at the start, ours takes the same path; 0.0.1 itself is not touched."""
     base, base_options, *_ = BASES[name]
     params, optimizer = ours(base=base, base_options=base_options, s_decay=0.0)
-    optimizer.param_groups[0]["mechanic_max_product"] = torch.full((6,), 1e-6)
+    optimizer.mechanic_tuner.state.max_product.fill_(1e-6)
     old = Old(base=base, base_options=base_options, s_decay=0.0, store_delta=True)
     for _ in range(50):
         steps(params, optimizer, 1)
@@ -360,7 +360,7 @@ def test_reward_is_clamped_in_the_state():
     options = {"s_decay": 0.0, "s_init": 1e-3, "eps": 1e-30}
     params, optimizer = ours(betas=BETAS, **options)
     steps(params, optimizer, 15)
-    optimizer.param_groups[0]["mechanic_reward"].zero_()
+    optimizer.mechanic_tuner.state.reward.zero_()
     theirs = Optax(params, optimizer, optax.sgd(1.0), **options)
     debt = []
     for sign in (-1.0, 0.1):  # a gradient that says "too far", then a small one that says "not far enough"
@@ -417,9 +417,9 @@ def test_tuner_state_is_float64_whatever_the_parameters_are():
         try:
             for dtype in (torch.bfloat16, torch.float64):
                 params, optimizer = ours(dtype)
-                optimizer.param_groups[0]["mechanic_max_product"] = torch.ones(6, dtype=torch.float64)
+                optimizer.mechanic_tuner.state.max_product.fill_(1.0)
                 steps(params, optimizer, 1, sign=0.0)
-                m = optimizer.param_groups[0]["mechanic_max_product"]
+                (m,) = optimizer.mechanic_tuner.state.max_product
                 assert m.dtype == torch.float64
                 np.testing.assert_allclose(m.numpy(), BETAS, rtol=1e-7)
                 assert (m < 1).all()

@@ -63,7 +63,7 @@ def world(directory):
             jobs += [("one_bad_rank", "fsdp2", "adamw_fused"), ("one_overflow",)]
             jobs += [("accumulated", layout) for layout in ("ddp", "fsdp2")]
             jobs += [("frozen", *job) for job in FROZEN]
-            jobs += [("empty_process",), ("mixed_precision",), ("full_state_dict",)]
+            jobs += [("sums_of_others",), ("empty_process",), ("mixed_precision",), ("full_state_dict",)]
             jobs += [("mismatch", name) for name in ("s_init", "betas", "the number of scales")]
             jobs += [("auto_start", layout, "adamw") for layout in ("ddp", "fsdp2", "fsdp1", "owners")]
         else:
@@ -153,6 +153,11 @@ def test_a_process_without_gradient_does_not_hang_the_others(world, layout):
     results = world(2, "missing_gradient", layout)
     assert torch.equal(results[0]["scale"], results[1]["scale"])
     assert results[0]["scale"] > 1e-4
+
+
+def test_a_process_that_has_nothing_to_add_adds_nothing(world):
+    """In neither of two groups, though a sum over the first leaves its result in place."""
+    assert world(2, "sums_of_others") == [([3.0], [1.0])] * 2
 
 
 def test_a_process_without_parameters_does_not_hang_the_others(world):

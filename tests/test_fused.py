@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import assert_identical, count_a_skipped_step
-from mechanic_pytorch import _fused, kernels, mechanize
+from helpers import assert_identical, count_a_skipped_step, stored_of
+from mechanic_pytorch import kernels, mechanize
 
 SHAPES = [(7,), (), (33, 17), (0, 3), (70_001,), (2, 600_001), (64, 300), (3,)]  # packs, one block, several blocks
 BASES = {
@@ -44,16 +44,19 @@ def params_and_optimizer(name, dtype, wrap=mechanize, **mechanic_options):
     return params, wrap(base, **mechanic_options)(groups, lr=lr, fused=True, **options)
 
 
-def train_on_noise(params, optimizer, steps, first=0, one_pass=True):
+def in_two_passes(base, **options):
+    """Mechanize a subclass, whose step may be any: it is called, then the kernel moves."""
+    return mechanize(type(base.__name__, (base,), {}), **options)
+
+
+def train_on_noise(params, optimizer, steps, first=0):
     """Step on a noisy quadratic; return how often the base's function was called on parts, and copies were made."""
     operations = Operations()
     for t in range(first, first + steps):
         torch.manual_seed(t)
         for i, p in enumerate(params):
             p.grad = None if t > 0 and (i + t) % 5 == 4 else 2 * p.detach() + torch.randn(p.shape).to(p)
-        with pytest.MonkeyPatch.context() as patch, operations:
-            if not one_pass:
-                patch.setattr(_fused, "makes_steps", lambda kernel: False)
+        with operations:
             optimizer.step()
     return operations.count
 
@@ -96,9 +99,9 @@ def assert_same_params_and_state(ones, others, dtype):
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_one_pass_equals_step_and_move(name, dtype, s_init):
     params, optimizer = params_and_optimizer(name, dtype, s_init=s_init)
-    others, other = params_and_optimizer(name, dtype, s_init=s_init)
+    others, other = params_and_optimizer(name, dtype, in_two_passes, s_init=s_init)
     count = train_on_noise(params, optimizer, 12)
-    assert count["empty_like"] < train_on_noise(others, other, 12, one_pass=False)["empty_like"]
+    assert count["empty_like"] < train_on_noise(others, other, 12)["empty_like"]
     assert optimizer.scale > 1e-3
     assert_same_params_and_state((params, optimizer), (others, other), dtype)
 
@@ -107,12 +110,12 @@ def test_one_pass_equals_step_and_move(name, dtype, s_init):
 def test_a_checkpoint_moves_between_paths(name):
     params, optimizer = params_and_optimizer(name, torch.float32)
     train_on_noise(params, optimizer, 6)
-    others, other = params_and_optimizer(name, torch.float32)
+    others, other = params_and_optimizer(name, torch.float32, in_two_passes)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p, q in zip(others, params, strict=True):
         p.data.copy_(q.data)
     train_on_noise(params, optimizer, 6, first=6)
-    train_on_noise(others, other, 6, first=6, one_pass=False)
+    train_on_noise(others, other, 6, first=6)
     assert_same_params_and_state((params, optimizer), (others, other), torch.float32)
 
 
@@ -126,10 +129,10 @@ def test_updates_too_small_for_the_weights_are_not_lost(name):
         optimizer = mechanize(base, s_init=1e-30)(params, lr=1.0, fused=True, **options)
         train_on_noise(params, optimizer, 1)  # the base makes its first step by itself
         for p in params:
-            optimizer.state[p]["mechanic_delta"].zero_()
+            stored_of(optimizer, p).zero_()
         optimizer.param_groups[0]["lr"] = lr
         train_on_noise(params, optimizer, 3, first=1)
-        deltas.append([optimizer.state[p]["mechanic_delta"] / lr for p in params])
+        deltas.append([stored_of(optimizer, p) / lr for p in params])
     torch.testing.assert_close(*deltas, **CLOSE[torch.float32])
 
 
@@ -155,7 +158,7 @@ def test_any_cut_into_blocks_is_the_same(sizes, small, more):
         optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(params, lr=1.0, fused=True)
         with mock.patch.multiple(kernels.blocks, BLOCK=block, PACK=block, SMALL=pack, SMALL_STEP=pack, ALIGN=1):
             train_on_noise(params, optimizer, 4)
-        results.append([*params, *(optimizer.state[p].get("mechanic_delta") for p in params), optimizer.scale])
+        results.append([*params, *(stored_of(optimizer, p) for p in params), optimizer.scale])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -200,14 +203,24 @@ def another_layout():
 
 
 @pytest.mark.parametrize("build", [not_fused, own_class, first_step, another_layout])
-def test_the_base_steps_by_itself_where_its_rule_is_not_known(build, monkeypatch):
+def test_the_base_steps_by_itself_where_its_rule_is_not_known(build):
     if build is another_layout and DEVICE:
         pytest.skip("torch's fused AdamW refuses that on a GPU")
     params, optimizer = build()
     steps = optimizer.state[params[0]]["step"].item() if optimizer.state else 0
-    monkeypatch.setattr(_fused.OnePass, "move", lambda *_: pytest.fail("its rule was taken for known"))
-    train_on_noise(params, optimizer, 1)
+    assert train_on_noise(params, optimizer, 1)["empty_like"] > 0, "the weights are copied"
     assert optimizer.state[params[0]]["step"] == steps + 1
+
+
+def test_state_in_another_dtype_is_left_to_the_base_which_refuses_it_before_a_weight_moves():
+    params, optimizer = params_and_optimizer("AdamW", torch.float32)
+    train_on_noise(params, optimizer, 2)
+    state = optimizer.state[params[6]]  # the kernel would step the parameters before it first
+    state["exp_avg"] = state["exp_avg"].double()
+    before = copy.deepcopy(params)
+    with pytest.raises(RuntimeError):
+        train_on_noise(params, optimizer, 1, first=2)
+    assert all(map(torch.equal, params, before))
 
 
 @pytest.mark.parametrize("wrap", [lambda step: step, torch.optim.Optimizer.profile_hook_step])

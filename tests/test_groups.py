@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from device import DEVICE
+from helpers import slot_of, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
@@ -38,7 +39,7 @@ def test_a_group_added_mid_run_is_scaled_like_the_others(base):
     assert float(optimizer.scale) == scale > 0
     before = b.detach().clone()
     step(optimizer, 1.0, 1.0)
-    update = optimizer.state[b]["mechanic_delta"]
+    update = stored_of(optimizer, b)
     torch.testing.assert_close(b.detach() - before, optimizer.scale * update)
     assert optimizer.effective_lr() == [float(optimizer.scale), 0.5 * float(optimizer.scale)]
 
@@ -59,8 +60,8 @@ def test_weight_decay_per_group_is_kept():
     optimizer = mechanize(torch.optim.SGD, s_init=0.01)(groups, lr=1.0)
     for _ in range(3):
         step(optimizer, 1.0, 1.0)
-    torch.testing.assert_close(optimizer.state[b]["mechanic_delta"], torch.full((3,), -3.0, dtype=torch.float64))
-    assert (optimizer.state[a]["mechanic_delta"] < -4).all()
+    torch.testing.assert_close(stored_of(optimizer, b), torch.full((3,), -3.0, dtype=torch.float64))
+    assert (stored_of(optimizer, a) < -4).all()
 
 
 def test_a_group_with_learning_rate_zero_stays():
@@ -78,17 +79,17 @@ def test_a_parameter_without_gradient_stays_and_takes_no_part():
     optimizer = mechanize(torch.optim.SGD, s_decay=0.5, s_init=0.1)([a, b], lr=1.0)
     for _ in range(4):
         step(optimizer, 1.0, 1.0)
-    before, delta = b.detach().clone(), optimizer.state[b]["mechanic_delta"].clone()
+    before, delta = b.detach().clone(), stored_of(optimizer, b).clone()
     a.grad, b.grad = torch.ones_like(a), None
     with torch.no_grad():
-        delta_a, scale = optimizer.state[a]["mechanic_delta"], optimizer.scale
+        delta_a, scale = stored_of(optimizer, a), optimizer.scale
         h = (delta_a * (a.grad + 0.5 * scale * a.grad.norm() * a / a.norm())).sum()
     v = np.array(read_out(optimizer).sum_squared_products)
     optimizer.step()
     beta = np.array(optimizer.mechanic_config.betas)
     np.testing.assert_allclose(read_out(optimizer).sum_squared_products, beta**2 * v + h.item() ** 2, rtol=1e-7)
     assert torch.equal(b.detach(), before)
-    assert torch.equal(optimizer.state[b]["mechanic_delta"], delta)
+    assert torch.equal(stored_of(optimizer, b), delta)
 
 
 def test_a_parameter_that_paused_goes_on_from_where_it_is():
@@ -99,7 +100,7 @@ def test_a_parameter_that_paused_goes_on_from_where_it_is():
         step(optimizer, 1.0, 1.0)
     for _ in range(10):
         step(optimizer, 1.0, None)
-    old_scale, before, delta = float(optimizer.scale), b.detach().clone(), optimizer.state[b]["mechanic_delta"].clone()
+    old_scale, before, delta = float(optimizer.scale), b.detach().clone(), stored_of(optimizer, b).clone()
     step(optimizer, 1.0, 1.0)
     new_scale = float(optimizer.scale)
     torch.testing.assert_close(b.detach(), before + new_scale * (delta - 1.0) - old_scale * delta)
@@ -230,7 +231,7 @@ def test_a_parameter_listed_twice_is_counted_once():
         for _ in range(5):
             a.grad = torch.ones_like(a)
             optimizer.step()
-        runs.append((a, optimizer.state[a]["mechanic_delta"], optimizer.scale))
+        runs.append((a, stored_of(optimizer, a), optimizer.scale))
     for twice, once in zip(*runs, strict=True):
         torch.testing.assert_close(twice, once)
 
@@ -357,7 +358,7 @@ def test_points_of_another_shape_are_no_newcomers():
         for key, value in optimizer.state.pop(weight).items()
     }
     optimizer.state[bigger] = {key: value for key, value in grown.items() if not key.startswith("mechanic_")}
-    optimizer.state[bigger]["mechanic_reference"] = weight.detach().clone()
+    optimizer.state[bigger][slot_of(optimizer)] = weight.detach().clone()
     optimizer.param_groups[0]["params"][0] = weight = bigger
     with pytest.warns(UserWarning, match="the scale is kept"):
         step(20.0)

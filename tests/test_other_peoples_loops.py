@@ -162,7 +162,7 @@ def forget(t, optimizer):
 
 
 def pruned(start, name):
-    """Of all states 1 % is kept, twice. Single updates are then a hundred times as long as ever: the median of three."""
+    """Of all states 1 % is kept, twice; an update is then a hundred times as long as ever. The median of three runs."""
 
     def prune(t, optimizer, seed):
         generator = torch.Generator().manual_seed(1000 * seed + t)

@@ -1,5 +1,6 @@
 """Pages say what programs have counted and measured: other people's benchmarks, and bytes per weight."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,20 @@ from benchmarks import deepobs, memory, nanogpt
 from benchmarks.outside import RESULTS, Results
 from benchmarks.pages import between_marks
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_every_mark_has_a_program_and_every_program_a_mark():
+    pages = (ROOT / "README.md", *DOCS.glob("*.md"))
+    marked = {name for page in pages for name in re.findall(r"<!-- ([a-z ]+): [a-z ]+ -->", page.read_text("utf-8"))}
+    call = r'(?:print_or_fill|between_marks)\(.*?, "([a-z ]+)", '
+    programs = (ROOT / "benchmarks").rglob("*.py")
+    assert marked == {name for path in programs for name in re.findall(call, path.read_text("utf-8"))}
 
 
 def test_the_page_on_outside_benchmarks_says_what_was_measured():
-    path, suites = DOCS.parent / RESULTS, {"nanoGPT": nanogpt.table, "DeepOBS": deepobs.table}
+    path, suites = ROOT / RESULTS, {"nanoGPT": nanogpt.table, "DeepOBS": deepobs.table}
     made = {suite.lower(): Results(path, suite).shown(table) for suite, table in suites.items()}
     page = (DOCS / "outside.md").read_text(encoding="utf-8")
     assert between_marks(page, "outside", made.get) == page

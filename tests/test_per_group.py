@@ -14,15 +14,11 @@ from hypothesis import strategies as st
 import oracle
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import PUBLISHED, as_added_up
+from helpers import PUBLISHED, as_added_up, assert_identical, lr_factors, row_of, stored_of
 from mechanic_pytorch import mechanize, patched
+from mechanic_pytorch._tuner import LR_FACTOR, SCALES
 from mechanic_pytorch.telemetry import Trace, read_out
 from problems import full_loss, layers, loss_of, mlp, train
-
-OWN = [
-    *("mechanic_max_product", "mechanic_sum_squared_products", "mechanic_reward", "mechanic_scales"),
-    *("mechanic_lr_sums", "mechanic_unit", "mechanic_lr_factor", "mechanic_frozen_scale"),
-]
 
 
 def one_optimizer(model, base, lrs=(1.0, 0.1), options=None, **mechanic_options):
@@ -45,9 +41,7 @@ def assert_same_as_several(model, optimizer, twin, others, rtol=None, atol=None)
     for group, other in zip(optimizer.param_groups, others, strict=True):
         for p, q in zip(group["params"], other.param_groups[0]["params"], strict=True):
             torch.testing.assert_close(dict(optimizer.state[p]), dict(other.state[q]), **tolerance)
-        for key in OWN:
-            if key in other.param_groups[0]:
-                torch.testing.assert_close(group[key], other.param_groups[0][key], **tolerance)
+        torch.testing.assert_close(row_of(group), row_of(other.param_groups[0]), **tolerance)
     rates = [rate for other in others for rate in other.effective_lr()]
     assert optimizer.effective_lr() == pytest.approx(rates, rel=1e-5)
     assert optimizer.learned_lr() == pytest.approx([rate for other in others for rate in other.learned_lr()], rel=1e-5)
@@ -132,14 +126,14 @@ def test_any_group_may_be_without_gradient_and_any_may_come_later(lrs, present, 
                 )
                 p.grad = 10.0**i * (p.detach() - 1) + noise if is_here else None
         absent = [group for group, is_here in zip(optimizer.param_groups, here, strict=False) if not is_here]
-        before = copy.deepcopy([{key: value for key, value in g.items() if key in OWN} for g in absent])
+        before = copy.deepcopy([row_of(group) for group in absent])
         optimizer.step()
         for other in others:
             other.step()
         for group, kept in zip(absent, before, strict=True):
-            if "mechanic_lr_factor" in kept and kept["mechanic_scales"].any():  # its unit may still be chosen
-                optimizer.mechanic_tuner._rescale(kept, group["mechanic_lr_factor"] / kept["mechanic_lr_factor"])
-            for key in kept.keys() - {"mechanic_lr_factor", "mechanic_frozen_scale"}:
+            if LR_FACTOR in kept and kept[SCALES].any():  # its unit may still be chosen
+                optimizer.mechanic_tuner._rescale(kept, group[LR_FACTOR] / kept[LR_FACTOR])
+            for key in (key for key, value in kept.items() if isinstance(value, torch.Tensor)):
                 assert torch.equal(group[key].cpu().double(), kept[key].cpu().double()), key
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-12)
@@ -173,7 +167,7 @@ def test_each_group_equals_the_oracle_of_its_own_sums(s_decay):
     for group, one, *ours in zip(optimizer.param_groups, theirs, *vectors, strict=True):
         for p, x, delta in zip(group["params"], one.x, one.delta, strict=True):
             np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9)
-            np.testing.assert_allclose(optimizer.state[p]["mechanic_delta"].numpy(), delta, rtol=1e-9)
+            np.testing.assert_allclose(stored_of(optimizer, p).numpy(), delta, rtol=1e-9)
         for actual, vector in zip(ours, (one.m, one.v, one.r, one.s), strict=True):
             np.testing.assert_allclose(actual, vector, rtol=1e-9, atol=1e-9 * vector.max())
 
@@ -200,7 +194,7 @@ def test_the_ratio_of_the_learning_rates_says_nothing():
         model = mlp(torch.float64)
         optimizer = one_optimizer(model, torch.optim.AdamW, lrs, {"weight_decay": 0.0}, s_init="auto")
         losses.append(train(model, optimizer, 60))
-        assert optimizer.param_groups[0]["mechanic_lr_factor"] == 1 / lrs[0]
+        assert lr_factors(optimizer)[0] == 1 / lrs[0]
     # eps of AdamW is no part of the update's unit, and the first losses are those of the same weights.
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -245,7 +239,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_of_all_groups():
     for (name, p), q in zip(model.state_dict().items(), before[0].values(), strict=True):
         assert torch.equal(p, q), name
     for group, old in zip(optimizer.param_groups, before[1]["param_groups"], strict=True):
-        assert all(torch.equal(group[key], old[key]) for key in OWN[:5])
+        assert_identical(row_of(group), row_of(old))
 
 
 def test_max_lr_bounds_each_group():
@@ -263,7 +257,7 @@ def test_reset_forgets_all_groups():
     train(model, optimizer, 10)
     optimizer.reset()
     assert optimizer.scale.tolist() == [0.0, 0.0]
-    assert not any("mechanic_delta" in state for state in optimizer.state.values())
+    assert all(stored_of(optimizer, p) is None for p in model.parameters())
     train(model, optimizer, 10, first=10)
     assert min(optimizer.scale.tolist()) > 0
 
@@ -275,7 +269,7 @@ def test_it_moves_with_the_parameters_to_another_dtype():
     model.double()
     train(model, optimizer, 5, first=5)
     assert optimizer.scale.dtype == torch.float64
-    assert {optimizer.state[p]["mechanic_delta"].dtype for p in model.parameters()} == {torch.float64}
+    assert {stored_of(optimizer, p).dtype for p in model.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -409,7 +403,7 @@ def test_frozen_groups_keep_a_scale_each():
     assert len(optimizer.param_groups) == 2
     other = one_optimizer(model, torch.optim.AdamW, s_init=1e-3)
     other.load_state_dict(state)
-    assert [group["mechanic_frozen_scale"] for group in other.param_groups] == optimizer.scale.tolist()
+    assert other.mechanic_tuner.frozen_scales() == optimizer.scale.tolist()
     optimizer.unfreeze_scale()
     train(model, optimizer, 10, first=30)
     assert optimizer.effective_lr() != rates
@@ -446,7 +440,7 @@ def test_read_outs_traces_and_logs_have_a_row_per_group(caplog):
     now = read_out(optimizer)
     assert now == trace.read()[-1]
     assert optimizer.scale.tolist() == logged[-1]["s"] == as_added_up(now.scale)
-    assert now.reward == [group["mechanic_reward"].tolist() for group in optimizer.param_groups]
+    assert now.reward == optimizer.mechanic_tuner.state.reward.tolist()
     assert (as_added_up(now.effective_lr), as_added_up(now.learned_lr)) == (
         optimizer.effective_lr(),
         optimizer.learned_lr(),

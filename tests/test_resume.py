@@ -14,8 +14,10 @@ from hypothesis.strategies import data, integers, sampled_from
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from bases import CASES
-from helpers import PUBLISHED, assert_identical
+from helpers import PUBLISHED, assert_identical, compensation_of, slot_of, stored_of
 from mechanic_pytorch import mechanize
+from mechanic_pytorch._auto import Memory
+from mechanic_pytorch._buckets import REFERENCE
 from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
 
@@ -129,9 +131,9 @@ def test_sums_survive_loading_into_another_dtype(saved, loaded, tmp_path):
     other = mechanize(torch.optim.SGD, **PUBLISHED)(twin.parameters(), lr=1.0)
     other.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        delta = optimizer.state[p]["mechanic_delta"]
+        delta = stored_of(optimizer, p)
         assert delta.dtype == torch.float32
-        assert torch.equal(other.state[q]["mechanic_delta"].double(), delta.double())
+        assert torch.equal(stored_of(other, q).double(), delta.double())
     assert read_out(other).scales == read_out(optimizer).scales
     before = full_loss(twin)
     train(twin, other, 150, first=STEPS)
@@ -146,7 +148,7 @@ def test_the_model_may_be_cast_under_a_running_optimizer():
         scale = optimizer.scale
         assert scale > 0
         train(model, optimizer, 40)
-        assert optimizer.state[model[0].weight]["mechanic_reference"].dtype == (
+        assert stored_of(optimizer, model[0].weight).dtype == (
             torch.float64 if dtype == torch.float64 else torch.float32
         )
     assert full_loss(model) < 0.5
@@ -176,7 +178,7 @@ def test_a_plain_checkpoint_replaces_a_tuner_that_has_learned():
     plain = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer.load_state_dict(plain.state_dict())
     assert float(optimizer.scale) == 0
-    assert "mechanic_reference" not in optimizer.state[model[0].weight]
+    assert stored_of(optimizer, model[0].weight) is None
 
 
 def test_a_mechanized_checkpoint_loads_into_the_plain_base():
@@ -257,14 +259,15 @@ def test_hooks_of_the_user_see_and_change_what_is_loaded(name):
     train(model, optimizer, STEPS)
 
     def double(optimizer, state_dict):
-        state = {i: {**s, case.slot: 2 * s[case.slot]} for i, s in state_dict["state"].items()}
+        key = slot_of(optimizer)
+        state = {i: {**s, key: 2 * s[key]} for i, s in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
     twin, other = case.build()
     other.register_load_state_dict_pre_hook(double)
     other.load_state_dict(optimizer.state_dict())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(other.state[q][case.slot], 2 * optimizer.state[p][case.slot])
+        assert torch.equal(stored_of(other, q), 2 * stored_of(optimizer, p))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "LBFGS"])
@@ -335,10 +338,37 @@ def test_what_cannot_be_resumed_is_refused_and_changes_nothing(change, message):
     assert_identical(optimizer.state_dict(), before)
 
 
+def form(value):
+    return (value.dtype, tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value)
+
+
+@pytest.mark.parametrize("s_init", [1e-3, "auto"])
+def test_what_a_checkpoint_holds(s_init):
+    """Saved runs rely on these names, dtypes and shapes. `docs/how-it-works.md` says what they mean."""
+    model = mlp(torch.bfloat16)
+    groups = [{"params": params} for params in layers(model)]
+    optimizer = mechanize(torch.optim.SGD, s_init=s_init, betas=(0.9, 0.99))(groups, lr=1.0)
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    first, second = ({key: form(value) for key, value in group.items()} for group in saved["param_groups"])
+    vectors = "max_product", "sum_squared_products", "reward", "scales"
+    expected = {f"mechanic_{name}": (torch.float64, (2,)) for name in vectors}
+    expected |= {"mechanic_lr_sums": (torch.float64, (3,)), "mechanic_frozen_scale": float}
+    expected |= dict.fromkeys(("mechanic_steps", "mechanic_skipped_steps"), (torch.int64, ()))
+    if s_init == "auto":
+        expected |= {"mechanic_unit": (torch.float64, (len(Memory._fields),))}
+        expected |= dict.fromkeys(("mechanic_lr_factor", "mechanic_lr_limit"), float)
+    assert first == expected | second, "a single tuner is in the first group alone"
+    slot = "mechanic_reference" if s_init == "auto" else "mechanic_delta"
+    for state, p in zip(saved["state"].values(), model.parameters(), strict=True):
+        kept = {slot: (torch.float32, tuple(p.shape)), "mechanic_compensation": (torch.bfloat16, tuple(p.shape))}
+        assert {key: form(value) for key, value in state.items()} == kept
+
+
 def spoiled(draw, saved):
     """Break one thing in a checkpoint, and return what."""
     groups = [group for group in saved["param_groups"] if "mechanic_scales" in group]
-    group, slots = draw(sampled_from(groups)), [s for s in saved["state"].values() if "mechanic_reference" in s]
+    group, slots = draw(sampled_from(groups)), [s for s in saved["state"].values() if REFERENCE in s]
     keys = sorted(key for key in group if key.startswith("mechanic_"))
     tensors = [key for key in keys if isinstance(group[key], torch.Tensor)]
     what = draw(sampled_from(["lose", "cut", "fill", "number", "shape of slot", "fill slot", "lose slot", "kind"]))
@@ -361,11 +391,11 @@ def spoiled(draw, saved):
         group[key] = -torch.inf if worse == 1e30 or key == "mechanic_lr_limit" else worse
     elif what == "shape of slot":
         slot = draw(sampled_from(slots))
-        slot["mechanic_reference"] = slot["mechanic_reference"].flatten()[:-1]
+        slot[REFERENCE] = slot[REFERENCE].flatten()[:-1]
     elif what == "fill slot":
-        draw(sampled_from(slots))["mechanic_reference"].view(-1)[0] = 1e30 if worse == -1 else worse
+        draw(sampled_from(slots))[REFERENCE].view(-1)[0] = 1e30 if worse == -1 else worse
     else:
-        del draw(sampled_from(slots))["mechanic_reference"]
+        del draw(sampled_from(slots))[REFERENCE]
     return what, key, worse
 
 
@@ -437,14 +467,14 @@ def test_a_fresh_tuner_for_other_options(change):
 def test_a_cast_to_float32_drops_the_compensation():
     model, optimizer = CASES["AdamW_bfloat16"].build()
     train(model, optimizer, 2)
-    assert "mechanic_compensation" in optimizer.state[model[0].weight]
+    assert compensation_of(optimizer, model[0].weight) is not None
     model.float()
     optimizer.reset()
-    assert "mechanic_compensation" not in optimizer.state[model[0].weight]
+    assert compensation_of(optimizer, model[0].weight) is None
     model.bfloat16()
     train(model, optimizer, 1)
     model.float()
     for state in optimizer.state.values():
         state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].float(), state["exp_avg_sq"].float()
     train(model, optimizer, 1)
-    assert "mechanic_compensation" not in optimizer.state[model[0].weight]
+    assert compensation_of(optimizer, model[0].weight) is None

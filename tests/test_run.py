@@ -25,6 +25,7 @@ from matplotlib import image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers import set_steps
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch.__main__ import main
 from mechanic_pytorch.scripts import cli, environment
@@ -154,9 +155,8 @@ def test_strict_fails_where_nothing_was_mechanized(script, run):
     assert run(*COMMAND, script("import sys; sys.exit(None)")).returncode == 0
 
 
-def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "FLUSH_SECONDS", 0.0)
-    with command.Watch(tmp_path, {"command": ["x.py"]}).watching(), patched():
+def test_a_run_that_is_killed_leaves_a_report_that_is_at_most_a_minute_old(tmp_path):
+    with command.Watch(tmp_path, {"command": ["x.py"]}, flush_seconds=0.0).watching(), patched():
         p = torch.ones(3, requires_grad=True)
         optimizer = torch.optim.SGD([p], lr=0.1)
         for step in range(1, 4):
@@ -325,7 +325,7 @@ def test_a_forked_process_that_ends_like_the_script_does_not_report(script, run)
 def test_a_terminal_gets_a_new_line_first_whole_numbers_and_lines_that_break_between_words(width):
     with patched() as built:
         (optimizer,) = [trained([0.1, 0.1, 0.05, 0.1, 0.025])]
-        optimizer.mechanic_tuner.groups[0]["mechanic_steps"].fill_(12_345)
+        set_steps(optimizer, 12_345)
     numbers = ["12345", "1.0e-01", *(f"{lr:.0e}" for lr in optimizer.learned_lr())]
     texts = {}
     for is_terminal in (True, False):
@@ -991,8 +991,7 @@ def test_groups_of_one_lr_share_a_curve_and_late_ones_begin_late(tmp_path):
     }
 
 
-def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(monkeypatch, tmp_path):
-    monkeypatch.setattr(reporting, "PANELS", 2)
+def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(tmp_path):
     records = {}
     with patched() as built:
         for i in range(3):
@@ -1002,7 +1001,7 @@ def test_pictures_of_many_groups_and_of_many_optimizers_are_drawn(monkeypatch, t
                 for group in optimizer.param_groups:
                     group["params"][0].grad = torch.ones(3)
                 optimizer.step()
-    problems = reporting.write(tmp_path, built, records, {})
+    problems = reporting.write(tmp_path, built, records, {}, max_panels=2)
     assert problems == ["the picture shows the first 2 optimizers of 3; report.json has all"]
     assert image.imread(tmp_path / "effective_lr.png").shape[:2] == (960, 1200)
     assert len(scalars(tmp_path)) == 90
@@ -1126,12 +1125,11 @@ def test_an_lr_of_a_run_that_failed_is_given_with_a_warning(script, run, tmp_pat
         ("{}", ["--plain"], "Got --plain. Remedy:"),
     ],
 )
-def test_a_report_that_holds_no_lr_is_refused(tmp_path, monkeypatch, capsys, report, options, message):
+def test_a_report_that_holds_no_lr_is_refused(tmp_path, capsys, report, options, message):
     path = tmp_path / "r.json"
     path.write_text(report)
-    monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--plain-from", str(path), *options, __file__])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["run", "--plain-from", str(path), *options, __file__])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -1153,18 +1151,17 @@ def test_a_report_that_holds_no_lr_is_refused(tmp_path, monkeypatch, capsys, rep
         ([], "Missing argument 'SCRIPT'"),
     ],
 )
-def test_a_wrong_command_line_is_refused_before_the_script_runs(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["mechanic", "run", *arguments])
+def test_a_wrong_command_line_is_refused_before_the_script_runs(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["run", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_help_names_every_option_of_mechanize_and_keeps_the_examples_on_their_lines(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--help"])
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/mechanic"])  # as which it was called
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["run", "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("Usage: mechanic run [OPTIONS] SCRIPT [ARGS]...\n")
@@ -1199,9 +1196,8 @@ def test_a_shell_completes_the_command_line(words, answers, capsys, monkeypatch)
     monkeypatch.setenv("_MECHANIC_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
-    monkeypatch.setattr(sys, "argv", ["mechanic"])
     with pytest.raises(SystemExit):
-        main()
+        main([])
     assert capsys.readouterr().out.splitlines() == answers
 
 
@@ -1256,10 +1252,9 @@ def test_help_and_version_need_no_extra_and_do_not_wait_for_torch():
         (["wandb"], "mechanic --help"),
     ],
 )
-def test_an_unknown_command_is_answered_with_the_one_that_was_probably_meant(arguments, remedy, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mechanic", *arguments])
+def test_an_unknown_command_is_answered_with_the_one_that_was_probably_meant(arguments, remedy, capsys):
     with pytest.raises(SystemExit) as ended:
-        main()
+        main([*arguments])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"mechanic: there is no command {arguments[0]!r}. Remedy: {remedy}\n"
 
@@ -1280,9 +1275,8 @@ def test_env_says_which_kernel_fails_and_why(monkeypatch):
 
 def test_a_picture_without_matplotlib_is_refused_before_the_script_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["mechanic", "run", "--report", str(tmp_path / "out"), __file__])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["run", "--report", str(tmp_path / "out"), __file__])
     assert ended.value.code == 2
     assert "--report needs matplotlib. Remedy: pip install 'mechanic-pytorch[run]'." in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from helpers import PUBLISHED
+from helpers import PUBLISHED, compensation_of, stored_of
 from mechanic_pytorch import mechanize
 from problems import IMAGES, LABELS, full_loss, mlp, train
 
@@ -141,5 +141,5 @@ def test_the_tuner_does_not_follow_the_parameters_dtype(dtype, s_init, slot):
     assert optimizer.scale.dtype == torch.float64
     for p in model.parameters():
         assert p.dtype == dtype
-        assert optimizer.state[p][slot].dtype == expected
-        assert ("mechanic_compensation" in optimizer.state[p]) == (dtype.itemsize < 4)
+        assert stored_of(optimizer, p).dtype == expected
+        assert (compensation_of(optimizer, p) is not None) == (dtype.itemsize < 4)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import as_added_up
+from helpers import as_added_up, set_steps
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import ReadOut, Thinned, Trace, read, read_out, snapshot, unwrap
 from problems import loss_of, mlp, train
@@ -39,19 +39,19 @@ def trained(steps=5, dtype=torch.float32, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_it_reads_what_the_optimizer_says(dtype, s_init):
     _, optimizer = trained(dtype=dtype, s_init=s_init)
-    optimizer.param_groups[0]["mechanic_skipped_steps"].add_(2)
-    home = optimizer.param_groups[0]
+    optimizer.mechanic_tuner.count_skipped()
+    m, v, r, s = optimizer.mechanic_tuner.state
     now = read_out(optimizer)
     assert now == ReadOut(
-        steps=5,
-        skipped_steps=2,
+        steps=6,
+        skipped_steps=1,
         scale=as_added_up([optimizer.scale.item()]),
         effective_lr=as_added_up(optimizer.effective_lr()),
         learned_lr=as_added_up(optimizer.learned_lr()),
-        max_product=[home["mechanic_max_product"].tolist()],
-        sum_squared_products=[home["mechanic_sum_squared_products"].tolist()],
-        reward=[home["mechanic_reward"].tolist()],
-        scales=[home["mechanic_scales"].tolist()],
+        max_product=m.tolist(),
+        sum_squared_products=v.tolist(),
+        reward=r.tolist(),
+        scales=s.tolist(),
         kernels={"cuda:0": os.environ.get("MECHANIC_KERNEL", "triton")} if DEVICE else {"cpu": "blocks"},
     )
     assert optimizer.scale > 0
@@ -80,7 +80,7 @@ def test_it_stays_as_it_was_while_training_goes_on():
 
 def test_counts_are_exact_and_everything_is_json():
     _, optimizer = trained()
-    optimizer.param_groups[0]["mechanic_steps"].fill_(2**53 + 1)  # the first integer that no float64 is
+    set_steps(optimizer, 2**53 + 1)  # the first integer that no float64 is
     now = read_out(optimizer)
     assert now.steps == 2**53 + 1
     assert json.loads(json.dumps(dataclasses.asdict(now))) == dataclasses.asdict(now)

@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,14 @@ from benchmarks.convergence.tasks import PROFILES, TASKS, Task
 SEEDS = {"quick": [0], "full": [0, 1, 2], "groups": [0, 1, 2]}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status."""
+def main(arguments: Sequence[str] | None = None, known: Mapping[str, Task] = TASKS) -> int:
+    """Run a command for some of the known tasks; return the exit status."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.convergence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     names = (
-        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(IF_NAMED)}\ntasks: {' '.join(TASKS)}\n"
+        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(IF_NAMED)}\ntasks: {' '.join(known)}\n"
         "Both may be patterns, such as 'linear-*'."
     )
     formatter = argparse.RawDescriptionHelpFormatter
@@ -60,24 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--results", type=Path, default=Path("convergence.jsonl"), help="(%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        return run(options) if options.command == "run" else report(options)
+        return run(options, known) if options.command == "run" else report(options, known)
     except (data.DataError, ValueError) as error:
         raise SystemExit(f"convergence: {error}") from error
 
 
-def chosen(profile: str, patterns: Sequence[str] | None) -> list[Task]:
+def chosen(profile: str, patterns: Sequence[str] | None, known: Mapping[str, Task]) -> list[Task]:
     """Return the tasks of a profile that match, without those whose data cannot be had."""
-    tasks = [TASKS[name] for name in matching([n for n, t in TASKS.items() if profile in t.lengths], patterns)]
+    tasks = [known[name] for name in matching([n for n, t in known.items() if profile in t.lengths], patterns)]
     lacking = [task for task in tasks if not all(map(data.is_available, task.files))]
     if lacking:
-        print(f"left out, for their data are not public: {', '.join(t.name for t in lacking)}", file=sys.stderr)
+        print(f"left out, because their data are not public: {', '.join(t.name for t in lacking)}", file=sys.stderr)
     return [task for task in tasks if task not in lacking]
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, known: Mapping[str, Task]) -> int:
     """Run all jobs that have no result, those that follow from results too; return 1 if any failed."""
     results, profile = Results(options.results), options.profile
-    tasks = chosen(profile, options.tasks)
+    tasks = chosen(profile, options.tasks, known)
     methods = matching((*METHODS, *IF_NAMED), options.methods) if options.methods else METHODS
     seeds = SEEDS[profile] if options.seeds is None else options.seeds
     for task in tasks:
@@ -138,16 +138,16 @@ def in_parallel(pairs: list[tuple[Job, float | None]], options: argparse.Namespa
         yield from parallel(calls)
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: argparse.Namespace, known: Mapping[str, Task]) -> int:
     """Print the report; draw pictures, and renew tables of pages, if asked to; return the exit status."""
     lines = Results(options.results).lines()
-    print(tables.report(lines, options.profile))
-    if options.output and (found := tables.compose(lines, options.profile)):
+    print(tables.report(lines, options.profile, known))
+    if options.output and (found := tables.compose(lines, options.profile, known)):
         options.output.mkdir(parents=True, exist_ok=True)
         for name, draw in pictures.ALL.items():
             draw(found).savefig(options.output / f"{name}.png", dpi=120)
     for page in options.fill:
-        page.write_text(tables.fill(page.read_text(encoding="utf-8"), lines, options.profile), encoding="utf-8")
+        page.write_text(tables.fill(page.read_text(encoding="utf-8"), lines, options.profile, known), encoding="utf-8")
     return 0
 
 

@@ -12,46 +12,46 @@ from typing import Any
 from benchmarks.convergence.compare import TaskResults, apart, geometric, over
 from benchmarks.convergence.methods import ABLATION, FIXED, LEARNED, NAMES, TEACHER
 from benchmarks.convergence.results import key
-from benchmarks.convergence.tasks import PUBLISHED, TASKS
+from benchmarks.convergence.tasks import PUBLISHED, TASKS, Task
 from benchmarks.pages import between_marks, markdown_table
 
 GROUPINGS_SAID = {"head": "body and last layer", "part": "each part", "kind": "matrices, and vectors"}
 
 
-def current(lines: Iterable[dict[str, Any]], profile: str) -> list[dict[str, Any]]:
-    """Return the results of a profile, of the versions and lengths that ran last."""
-    lines = [line for line in lines if line["profile"] == profile and line["task"] in TASKS]
+def current(lines: Iterable[dict[str, Any]], profile: str, known: Mapping[str, Task]) -> list[dict[str, Any]]:
+    """Return the results of a profile on known tasks, of the versions and lengths that ran last."""
+    lines = [line for line in lines if line["profile"] == profile and line["task"] in known]
     length = {line["task"]: line["steps"] for line in lines}
     versions = itemgetter("torch", "package")
     return [x for x in lines if x["steps"] == length[x["task"]] and versions(x) == versions(lines[-1])]
 
 
-def compose(lines: Iterable[dict[str, Any]], profile: str) -> list[TaskResults]:
+def compose(lines: Iterable[dict[str, Any]], profile: str, known: Mapping[str, Task] = TASKS) -> list[TaskResults]:
     """Return the current results of a profile, side by side."""
-    done = {key(line): line for line in current(lines, profile) if "error" not in line}
-    by_task = {name: [line for line in done.values() if line["task"] == name] for name in TASKS}
-    return [TaskResults(TASKS[name], found) for name, found in by_task.items() if found]
+    done = {key(line): line for line in current(lines, profile, known) if "error" not in line}
+    by_task = {name: [line for line in done.values() if line["task"] == name] for name in known}
+    return [TaskResults(known[name], found) for name, found in by_task.items() if found]
 
 
-def report(lines: Sequence[dict[str, Any]], profile: str) -> str:
+def report(lines: Sequence[dict[str, Any]], profile: str, known: Mapping[str, Task]) -> str:
     """Return what must be known of the results, and all tables, as Markdown."""
-    tables = compose(lines, profile)
+    tables = compose(lines, profile, known)
     if not tables:
         return f"No results of profile {profile}."
     made = {name: make(tables) for name, make in TABLES.items() if PROFILES.get(name, profile) == profile}
     parts = [f"## {name}\n\n{text}" for name, text in made.items() if text]
-    return "\n\n".join([f"# Convergence, profile {profile}", *notes(lines, profile), *parts])
+    return "\n\n".join([f"# Convergence, profile {profile}", *notes(lines, profile, known), *parts])
 
 
-def notes(lines: Sequence[dict[str, Any]], profile: str) -> list[str]:
+def notes(lines: Sequence[dict[str, Any]], profile: str, known: Mapping[str, Task]) -> list[str]:
     """Return what is missing, what has failed and what must not be believed, as a list."""
-    tables, now = compose(lines, profile), current(lines, profile)
+    tables, now = compose(lines, profile, known), current(lines, profile, known)
     old = sum(line["profile"] == profile for line in lines) - len(now)
     done = {key(line) for line in now if "error" not in line}
     failed = {key(line): line for line in now if key(line) not in done}
     seeds = sorted({line["seed"] for line in now if "error" not in line})
     ran = {table.task.name for table in tables}
-    found = [f"not run: {name}" for name, task in TASKS.items() if profile in task.lengths and name not in ran]
+    found = [f"not run: {name}" for name, task in known.items() if profile in task.lengths and name not in ran]
     for table in tables:
         name = table.task.name
         lacking = [
@@ -74,7 +74,7 @@ def notes(lines: Sequence[dict[str, Any]], profile: str) -> list[str]:
     return ["Incomplete:\n\n" + "\n".join(f"- {item}" for item in found)] if found else []
 
 
-def fill(text: str, lines: Sequence[dict[str, Any]], profile: str) -> str:
+def fill(text: str, lines: Sequence[dict[str, Any]], profile: str, known: Mapping[str, Task] = TASKS) -> str:
     """Return a Markdown text with its marked tables renewed.
 
     Raises:
@@ -84,7 +84,7 @@ def fill(text: str, lines: Sequence[dict[str, Any]], profile: str) -> str:
     def table(name: str) -> str:
         if name not in TABLES:
             raise ValueError(f"no table is called {name!r}. Known: {', '.join(TABLES)}")
-        return TABLES[name](compose(lines, PROFILES.get(name, profile)))
+        return TABLES[name](compose(lines, PROFILES.get(name, profile), known))
 
     return between_marks(text, "convergence", table)
 

@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mechanic_pytorch import optim
-    from mechanic_pytorch.mechanic import Mechanic, is_mechanized, mechanize
+    from mechanic_pytorch._classes import mechanize
+    from mechanic_pytorch.mechanic import Mechanic, is_mechanized
     from mechanic_pytorch.scripts.patch import patched
 
     __version__: str
 else:
-    _HOMES = {"patched": "scripts.patch", **dict.fromkeys(["Mechanic", "is_mechanized", "mechanize"], "mechanic")}
+    _HOMES = {
+        "Mechanic": "mechanic",
+        "is_mechanized": "mechanic",
+        "mechanize": "_classes",
+        "patched": "scripts.patch",
+    }
 
     def __getattr__(name: str) -> object:
         """Import a name when it is asked for, because torch takes seconds, and `mechanic --help` needs none of it."""

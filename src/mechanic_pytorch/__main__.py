@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +27,10 @@ Options:
 """
 
 
-def main() -> None:
-    """Do what the command line says."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says, or these arguments."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, *rest = arguments or ["--help"]
     if "_MECHANIC_COMPLETE" in os.environ:
         _cli("").complete()
     elif command in ("-h", "--help"):
@@ -40,9 +42,9 @@ def main() -> None:
 
         print(environment.describe())
     elif command in ("run", "compare"):
-        _cli(f" {command}").main(command, sys.argv[2:])
+        _cli(f" {command}").main(command, rest)
     else:
-        print(f"mechanic: there is no command {command!r}. Remedy: {_remedy(command)}", file=sys.stderr)
+        print(f"mechanic: there is no command {command!r}. Remedy: {_remedy(command, rest)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -61,10 +63,10 @@ def _cli(command: str) -> Any:
     return cli
 
 
-def _remedy(command: str) -> str:
+def _remedy(command: str, rest: Sequence[str]) -> str:
     """Return what was probably meant."""
     if command.startswith("-") or command.endswith(".py") or Path(command).exists():
-        return shlex.join(["mechanic", "run", *sys.argv[1:]])
+        return shlex.join(["mechanic", "run", command, *rest])
     return f"mechanic {next(iter(get_close_matches(command, ['run', 'compare', 'env'])), '--help')}"
 
 

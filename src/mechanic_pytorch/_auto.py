@@ -58,9 +58,9 @@ shortened, and x_ref is x. Not so in sharded runs, where processes may disagree 
 **Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base,
 if its updates are in proportion to lr, finds every lr multiplied by one number, and nobody else does. At first that
 number makes the largest lr 1. A first update that is shorter than the weights by more than half of their digits is not
-used: the number grows and the next step tries again. But if the very first is 0, the base may not have made it, and the
-number stays as it is once. Later it changes by powers of two, which round nothing: once, until the first update would be
-as long as the weights, if more than a quarter of its digits are lost; and whenever lr grows past what it promised to be.
+used: the number grows and the next step tries again. But if the very first is 0, the base may not have made it, so the
+number stays as it is once. Later it changes by powers of two, which round nothing: once, until the first update would
+be as long as the weights, if more than a quarter of its digits are lost; and whenever lr grows past what it promised.
 """
 
 from __future__ import annotations
@@ -374,8 +374,10 @@ def first_scale(
     again = (memory.pace > 0) & is_usable & (is_new > 0) & is_too_long
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
-    # An update that is lost in rounding calls for a larger lr, but the first of 0 may be one that the base has not made.
-    lost = torch.where((ratio == 0) & (memory.loudest == 0), NOTHING_LOST, ratio.clamp_min(torch.finfo(ratio.dtype).tiny))
+    # An update that is lost in rounding calls for a larger lr. But the first of 0 may be one that the base did not make.
+    lost = torch.where(
+        (ratio == 0) & (memory.loudest == 0), NOTHING_LOST, ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
+    )
     memory = memory._replace(loudest=torch.where(seeks, lost, memory.loudest))
     first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, pace, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))

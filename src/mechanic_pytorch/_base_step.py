@@ -22,7 +22,7 @@ class Skipper(Enum):
 
     HOST = auto()  # reads the flag, and does not call the base
     DEVICE = auto()  # steps, then rolls back where the flag is true: no sync
-    BASE = auto()  # reads `found_inf` by itself
+    BASE = auto()  # reads `found_inf`, and leaves the step out
     NOBODY = auto()
 
 
@@ -41,9 +41,9 @@ class BaseStep:
         function: the base's `step`, without what torch wraps around it.
         loss: what the base has returned; until it is called, what the closure has.
         closure: the one that the base gets.
-        lr_factors: one for each parameter group, by which the base finds its lr multiplied, and nobody else does.
+        lr_factors: one for each parameter group. The base sees its lr multiplied by it; nobody else does.
         can_sync: whether the host may read a value.
-        reads_found_inf: whether the base can skip by itself.
+        reads_found_inf: whether the base skips a step where `found_inf` is 1.
         grad_scale: by which the gradients are still multiplied, if a `GradScaler` has left that to the base.
         found_inf: 1 if that scaler has found an overflow, else 0; None without one.
     """
@@ -99,7 +99,7 @@ class BaseStep:
 
     def skipper(self, work: Work, config: Config) -> Skipper:
         """Return who skips this step, if its gradient is not finite."""
-        # Even a base that skips by itself creates state at its first step, and not always with defined values.
+        # Even a base that skips creates state at its first step, and not always with defined values.
         if self.can_be_told and not work.is_new:
             return Skipper.BASE
         if not config.skip_nonfinite or not has_values(self._optimizer):
@@ -133,7 +133,7 @@ class BaseStep:
     # --- The call -------------------------------------------------------------------------------------------------
 
     def call(self, work: Work, skip: Tensor, skipper: Skipper, *, tells_base: bool = True) -> None:
-        """Step. The base finds lr times `lr_factors`, no state of ours in front of its own, and `skip` as `found_inf`.
+        """Step. The base sees lr times `lr_factors`, `skip` as `found_inf`, and no state that is ours alone.
 
         Args:
             work: what is stepped; where the device skips, its copies of the weights are put back.
@@ -157,9 +157,9 @@ class BaseStep:
 
     @contextmanager
     def scaled_lr(self) -> Iterator[None]:
-        """Let the base find the lr of each group multiplied by its factor. A closure within finds the user's.
+        """Multiply the lr of each group by its factor in the block, but not for a closure that is called there.
 
-        What someone writes to an lr in the block stays: the base writes ours, a closure the user's.
+        An lr that is written in the block stays: divided by the factor if the base writes it, as it is from a closure.
         """
         self._scale_lr()
         try:
@@ -220,7 +220,7 @@ class TwoPasses:
 def hidden_state(state: dict[Any, Any]) -> Iterator[None]:
     """Hide our tensors from a base that has no state yet for a parameter: to it, non-empty state means "initialised".
 
-    Such a base may begin to fill its state at any later step (one that accumulates gradients by itself).
+    Such a base may begin to fill its state at any later step (one that accumulates gradients).
     """
     ours = {p: s for p, s in state.items() if isinstance(s, dict) and s and s.keys() <= PER_PARAMETER}
     for p in ours:

@@ -28,11 +28,11 @@ from mechanic_pytorch._tuner import (
 )
 from mechanic_pytorch.distributed import is_dtensor, local, whole
 
-MOST = 1e20  # no run gets to such weights, sums of updates or scales
+MOST = 1e20  # above the weights, sums of updates and scales of any run
 
 
 def check_group(who: str, group: dict[str, Any]) -> None:
-    """Refuse what cannot work.
+    """Refuse a parameter group that cannot be stepped.
 
     Raises:
         ValueError: `differentiable=True`; a `DTensor` that holds partial sums; several iterations a step without a line
@@ -232,7 +232,7 @@ def _check_stored(
 
 
 def _is_plausible(value: Tensor, lowest: float, largest: float) -> bool:
-    """Return True if all numbers are finite and in range; those that are not here (on "meta") are."""
+    """Return True if all numbers are finite and in range, or there are none, as on "meta"."""
     value = local(value.detach())
     if not (value.is_floating_point() or value.is_complex()):
         return False

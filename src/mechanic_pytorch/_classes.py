@@ -1,4 +1,4 @@
-"""The classes that `mechanize` makes: made once, found by name, pickled as the call that makes them."""
+"""`mechanize`, and the classes that it makes: made once, found by name, pickled as the call that makes them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,133 @@ import copyreg
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from itertools import count
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch.optim import Optimizer
 
-from mechanic_pytorch._config import Config
+from mechanic_pytorch._config import Config, LogFunc
+from mechanic_pytorch.mechanic import Mechanic
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from mechanic_pytorch._overloads import Mechanize  # a stub alone, written by tools/stubs.py
 
-Mixin = TypeVar("Mixin", bound=Optimizer)
 Options = ParamSpec("Options")
 
 # log_func is compared by identity: a class holds its own, so that no id is used twice while it lives.
-_made: WeakValueDictionary[tuple[type, Config, int], type[Optimizer]] = WeakValueDictionary()
+_made: WeakValueDictionary[tuple[type, Config, int], type[Mechanic]] = WeakValueDictionary()
 _serial_number = count(1)
 _lock = Lock()
 
 
-def class_for(mixin: type[Mixin], base: type[Optimizer], config: Config) -> type[Mixin]:
-    """Return the subclass of `mixin` and `base` with these options, the same one at every call.
+def _typed_by_base(
+    function: Callable[Concatenate[type[Optimizer], Options], type[Optimizer]],
+) -> Mechanize[Options]:
+    """Return the same function, as type checkers see it: what class it returns for which base."""
+    return cast("Mechanize[Options]", function)
+
+
+@_typed_by_base
+def mechanize(
+    Base: type[Optimizer],
+    s_decay: float = 0.01,
+    betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
+    s_init: float | Literal["auto"] = "auto",
+    eps: float = 1e-8,
+    store_delta: bool = False,
+    log_func: LogFunc | None = None,
+    log_every: int = 0,
+    *,
+    skip_nonfinite: bool = True,
+    process_group: ProcessGroup | None = None,
+    max_lr: float | None = None,
+    per_group: bool = False,
+) -> type[Mechanic]:
+    """Return a class like `Base` whose learning-rate scale is learned.
+
+    The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`, and those of this function
+    under names that begin with `mechanic_`. With lr=1.0, which is also the lr if none is given, it needs no tuning;
+    schedules, ratios between group learning rates and weight decay keep their meaning, and everything is multiplied by
+    the learned scale. The same arguments give the same class.
+
+    Args:
+        Base: an optimizer class, not an instance.
+        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. With
+            a number for s_init it weighs in proportion to the learned scale, so that it suits lr near 1 and holds a
+            much smaller lr back.
+        betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
+        s_init: initial scale. "auto" starts relative to the first update, so that every base lr gives the same run, and
+            makes plain steps of the base, x + scale * u: a scale that falls takes nothing back, and weights whose lr is
+            0 rest. docs/safety.md has its rules. A number > 0 is Algorithm 1 as published: an underestimate of the
+            right scale, relative to the base's updates. Too small costs a few steps, too large may diverge.
+            `s_init=1e-8` is what version 0.0.1 had as its default.
+        eps: added to sqrt(v), in units of h (update times gradient). s_init="auto", which has no fixed
+            unit, takes 0.
+        store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
+            that False promises and is as accurate as the two of True.
+        log_func: called with `{"iter_count": t, "s": scale}`, a list of scales with `per_group`; None logs through
+            `logging.getLogger("mechanic_pytorch")` at level INFO.
+        log_every: log every this many steps; 0 never does.
+        skip_nonfinite: leave everything as it was at a step whose gradient is not finite. This costs one host read
+            per step, or none with a base that takes `found_inf` (`fused=True`). False spares it: the base then does
+            what it always does with such a gradient; the tuner's vectors are protected either way.
+        process_group: the group whose processes hold the other parts of plain tensors that are parts of larger ones, or
+            other parameters of the same model: FSDP1, `ZeroRedundancyOptimizer`, pipeline stages. A `DTensor` (FSDP2,
+            tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
+        max_lr: bound of the effective lr, > 0: the scale never exceeds max_lr / (the largest lr so far, of all groups).
+            None: no bound.
+        per_group: learn one scale for each parameter group, from that group's gradient, weights and updates alone: for
+            groups whose updates have unlike units, or that start far apart. Ratios between their lrs then stop
+            mattering. docs/per-group.md says when it helps. False: one scale for all.
+
+    Returns:
+        The class `Mechanized<Base>`. Type checkers see the base's arguments and attributes too for optimizers of torch
+        and what is derived from them, and those of `Mechanic` alone for others, because no type says "`Base` and
+        `Mechanic`": there, `assert isinstance(optimizer, Base)` adds the base's.
+
+    Raises:
+        TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.
+        ValueError: an option breaks its rule.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_pytorch import mechanize
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+
+    Source: arXiv 2306.00144, Algorithm 1.
+    """
+    options = {name: value for name, value in locals().items() if name != "Base"}  # which `Config` declares
+    if not (isinstance(Base, type) and issubclass(Base, Optimizer) and Base is not Optimizer):
+        got = f"an instance of {type(Base).__name__}" if isinstance(Base, Optimizer) else repr(Base)
+        raise TypeError(
+            f"mechanize: Base must be a subclass of torch.optim.Optimizer. Got {got}. "
+            "Remedy: pass the class and call the result: mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)."
+        )
+    if issubclass(Base, Mechanic):
+        raise TypeError(
+            f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
+            "mechanize the plain class with the options you want."
+        )
+    if isinstance(s_decay, Iterable) and not isinstance(s_decay, str):
+        raise TypeError(
+            f"mechanize: s_decay must be a number. Got {type(s_decay).__name__}. Remedy: parameters go to the class "
+            f"that mechanize returns: mechanize({Base.__name__})(model.parameters(), lr=1.0)."
+        )
+    return class_for(Base, Config(**options))
+
+
+def class_for(base: type[Optimizer], config: Config) -> type[Mechanic]:
+    """Return the subclass of `Mechanic` and `base` with these options, the same one at every call.
 
     It lives in `mechanic_pytorch.optim` under the name that it bears, for tools that write classes down or ship them to
     other processes import them by name.
@@ -40,18 +141,11 @@ def class_for(mixin: type[Mixin], base: type[Optimizer], config: Config) -> type
     with _lock:
         found = _made.get(key)
         if found is None:
-            found = _made[key] = _make(mixin, base, config)
-    return cast(type[Mixin], found)
+            found = _made[key] = _make(base, config)
+    return found
 
 
-def typed_by_base(
-    function: Callable[Concatenate[type[Optimizer], Options], type[Optimizer]],
-) -> Mechanize[Options]:
-    """Return the same function, as type checkers see it: what class it returns for which base."""
-    return cast("Mechanize[Options]", function)
-
-
-def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type[Optimizer]:
+def _make(base: type[Optimizer], config: Config) -> type[Mechanic]:
     name = f"Mechanized{base.__name__}"
     of_torch = config == Config() and vars(torch.optim).get(base.__name__) is base
     default = f" If lr is not given, it is {LR}." if _place_of_lr(base) else ""
@@ -62,11 +156,11 @@ def _make(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> type
         "__qualname__": name if of_torch else f"{name}_{next(_serial_number)}",
         "mechanic_config": config,
         "mechanic_base": base,
-        "__init__": _init(mixin, base, config),
-        "_mechanic_made_from": (mixin, base, config),
+        "__init__": _init(base, config),
+        "_mechanic_made_from": (base, config),
     }
     metaclass_of_base: type = type(base)
-    made: type[Optimizer] = _metaclass(metaclass_of_base)(name, (mixin, base), body)
+    made: type[Mechanic] = _metaclass(metaclass_of_base)(name, (Mechanic, base), body)
     return made
 
 
@@ -76,7 +170,7 @@ LR = 1.0  # if none is given: what suits the tuner, whatever the base's own defa
 _OPTIONS = {f"mechanic_{option.name}": option.name for option in fields(Config)}
 
 
-def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Callable[..., None]:
+def _init(base: type[Optimizer], config: Config) -> Callable[..., None]:
     """Return an `__init__` that takes the options of `mechanize`, too, under names that begin with `mechanic_`.
 
     An object that is built with such options is of the class that `mechanize` makes for them.
@@ -102,10 +196,10 @@ def _init(mixin: type[Optimizer], base: type[Optimizer], config: Config) -> Call
                 f"{', '.join(others)}. Remedy: derive it from mechanize({base.__name__}, ...) with these options."
             )
         if others:
-            self.__class__ = class_for(mixin, base, wanted)
+            self.__class__ = class_for(base, wanted)
         if "lr" not in kwargs and len(args) < place_of_lr:
             kwargs["lr"] = LR
-        super(mixin, self).__init__(*args, **kwargs)
+        super(Mechanic, self).__init__(*args, **kwargs)
 
     signature = _signature(base, config)
     if signature is not None:
@@ -166,7 +260,7 @@ def with_layout(cls: type[Optimizer], layout: type) -> type[Optimizer]:
     return made
 
 
-def class_named(qualname: str) -> type[Optimizer] | None:
+def class_named(qualname: str) -> type[Mechanic] | None:
     """Return the living class of that name, if there is one in this process."""
     return next((cls for cls in list(_made.values()) if cls.__qualname__ == qualname), None)
 

@@ -1,8 +1,8 @@
 """Bases whose whole rule torch has as one function: SGD, Adam and AdamW with `fused=True`.
 
-A kernel that can (`step_and_move`) makes their step by itself, on the base's own state, and moves in the same pass, so
-that no copy of the weights is made. The result is that of the base's `step` followed by `move`, but for rounding. Which
-of the two a step takes depends on nothing that a checkpoint does not hold: a resumed run is the same to the bit.
+A kernel with `step_and_move` makes their step, on the base's own state, and moves in the same pass, so that no copy of
+the weights is made. Up to rounding, the result is that of the base's `step` followed by `move`. Which of the two a step
+takes depends only on what a checkpoint holds: a resumed run is the same to the bit.
 """
 
 from __future__ import annotations

@@ -44,15 +44,8 @@ _WRAPPERS = [
 ]
 
 
-def step_after(cls: type, of: type) -> Callable[..., Any]:
-    """Return what `super(cls, ...).step` is for objects of a class, as a function: no compiler looks into `super`."""
-    order: tuple[Any, ...] = of.__mro__
-    step: Callable[..., Any] = order[order.index(cls) + 1].step
-    return step
-
-
 def requires_closure(step: Callable[..., Any]) -> bool:
-    """Return True if a base cannot step without a closure, which means that it evaluates it more than once (LBFGS)."""
+    """Return True if a base must have a closure. It then evaluates the closure more than once (LBFGS)."""
     closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

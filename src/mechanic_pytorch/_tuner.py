@@ -83,7 +83,7 @@ class Tuner:
 
         Args:
             groups: of the optimizer.
-            is_new: whether it has no state, and so nothing in common with an optimizer that was here before.
+            is_new: whether the optimizer has no state, so that rows of groups that have gone are not its own.
         """
         self.groups = groups
         if STEPS in groups[0] and all(SCALES in row for row in self.rows):
@@ -138,7 +138,7 @@ class Tuner:
         return [[group] for group in self.groups] if self.config.per_group else [self.groups]
 
     def for_each_group(self, values: list[float]) -> list[float]:
-        """Return, of values of each row, that of each parameter group."""
+        """Return for each parameter group the value of its row."""
         return values if self.config.per_group else values * len(self.groups)
 
     def _read(self, key: str) -> Tensor:
@@ -148,7 +148,7 @@ class Tuner:
         return tensor.unsqueeze(0)
 
     def read(self) -> TunerState:
-        """Return the vectors, shape (G, n); first move all numbers to where the parameters are, if these have moved."""
+        """Return the vectors, shape (G, n), after moving all numbers to the device of the parameters."""
         self._former = list(self.rows)
         params = [p for group in self.groups for p in group["params"]]
         if params:
@@ -178,7 +178,7 @@ class Tuner:
 
     @property
     def skipped_steps(self) -> int:
-        """How many of them were skipped. Syncs."""
+        """How many steps were skipped. Syncs."""
         return int(self.groups[0][SKIPPED_STEPS])
 
     @property
@@ -197,7 +197,7 @@ class Tuner:
         return [highest * effective / plain if plain else 0.0 for effective, plain, highest in sums]
 
     def learned_lr(self) -> list[float]:
-        """Return, for each parameter group, that average; groups that share it are in proportion to their lr. Syncs."""
+        """Return for each parameter group its average lr; groups of one row are in proportion to their lr. Syncs."""
         peaks, shares = self.average_lrs(), lrs(self.groups, "initial_lr")
         ratios = [share / max(shares) if any(shares) else 1.0 for share in shares]
         return peaks if self.config.per_group else [peaks[0] * ratio for ratio in ratios]
@@ -289,7 +289,7 @@ class Tuner:
         return learned._replace(state=_auto.bounded(learned.state, limit))
 
     def first_scale(self, learned: Learned, work: Work, bet: Bet, base: BaseStep, unchanged: Tensor) -> Learned:
-        """Return the same with a first scale, in rows whose first update the base has just made, or that begin again.
+        """Return what was learned, with a first scale in rows whose first update was just made, or that begin again.
 
         Rows begin again where parameters that are new bring a gradient too long for the scale of the others.
 
@@ -349,7 +349,7 @@ class Tuner:
         learned: Learned | None = None,
         update: Tensor | None = None,
     ) -> Callable[[], object]:
-        """Return what writes a step down, all of it in one call: an interrupt comes before it or after it.
+        """Return a function that records a step in one call, so that no interrupt leaves it half recorded.
 
         Args:
             scale: of this step, shape (G,).

@@ -20,7 +20,7 @@ from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch.distributed import check_agreement, check_shards, local
 
 PATIENCE = 15  # steps that a base may take before its first update: SOAP needs one, others ten
-# How the classes of bases begin that learn a rate by themselves, or hold the weights at a length of their own.
+# Beginnings of the names of bases that learn a rate, or hold the weights at a length.
 OWN_RATE = ("dadapt", "prodigy", "dog", "ldog", "dowg", "cocob", "automagic", "schedulefree", "fromage", "nero", "amos")
 LOST = 0.9  # the part of an update whose loss is worth a warning
 STUCK = 50  # skipped steps in a row

@@ -23,9 +23,9 @@ way that the weights have gone: delta = (x - x_ref) / sum(s), with x_ref stored 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,17 +34,13 @@ from torch.optim import Optimizer
 from mechanic_pytorch._base_step import BaseStep, Skipper, TwoPasses, hidden_state
 from mechanic_pytorch._buckets import PER_PARAMETER, Bucket, Work, gather
 from mechanic_pytorch._checkpoint import check_group, checked
-from mechanic_pytorch._classes import class_for, typed_by_base
-from mechanic_pytorch._config import Config, LogFunc, TuneParams, TunerState
+from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch._fused import one_pass
-from mechanic_pytorch._torch import NOT_IN_PROPORTION, step_after, uncompiled
+from mechanic_pytorch._torch import NOT_IN_PROPORTION, uncompiled
 from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch._watch import Watch, text_of
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["Mechanic", "is_mechanized", "mechanize"]
+__all__ = ["Mechanic", "is_mechanized"]
 
 
 def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
@@ -83,98 +79,6 @@ def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
     return TunerState(m, v, r, s)
 
 
-@typed_by_base
-def mechanize(
-    Base: type[Optimizer],
-    s_decay: float = 0.01,
-    betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
-    s_init: float | Literal["auto"] = "auto",
-    eps: float = 1e-8,
-    store_delta: bool = False,
-    log_func: LogFunc | None = None,
-    log_every: int = 0,
-    *,
-    skip_nonfinite: bool = True,
-    process_group: ProcessGroup | None = None,
-    max_lr: float | None = None,
-    per_group: bool = False,
-) -> type[Mechanic]:
-    """Return a class like `Base` whose learning-rate scale is learned.
-
-    The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`, and those of this function
-    under names that begin with `mechanic_`. With lr=1.0, which is also the lr if none is given, it needs no tuning;
-    schedules, ratios between group learning rates and weight decay keep their meaning, and everything is multiplied by
-    the learned scale. The same arguments give the same class.
-
-    Args:
-        Base: an optimizer class, not an instance.
-        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. With
-            a number for s_init it weighs in proportion to the learned scale, so that it suits lr near 1 and holds a
-            much smaller lr back.
-        betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
-        s_init: initial scale. "auto" starts relative to the first update, so that every base lr gives the same run, and
-            makes plain steps of the base, x + scale * u: a scale that falls takes nothing back, and weights whose lr is
-            0 rest. docs/safety.md has its rules. A number > 0 is Algorithm 1 as published: an underestimate of the
-            right scale, relative to the base's updates. Too small costs a few steps, too large may diverge.
-            `s_init=1e-8` is what version 0.0.1 had as its default.
-        eps: added to sqrt(v), in units of h (update times gradient). s_init="auto", which has no fixed
-            unit, takes 0.
-        store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
-            that False promises and is as accurate as the two of True.
-        log_func: called with `{"iter_count": t, "s": scale}`, a list of scales with `per_group`; None logs through
-            `logging.getLogger("mechanic_pytorch")` at level INFO.
-        log_every: log every this many steps; 0 never does.
-        skip_nonfinite: leave everything as it was at a step whose gradient is not finite. This costs one host read
-            per step, or none with a base that takes `found_inf` (`fused=True`). False spares it: the base then does
-            what it always does with such a gradient; the tuner's vectors are protected either way.
-        process_group: the group whose processes hold the other parts of plain tensors that are parts of larger ones, or
-            other parameters of the same model: FSDP1, `ZeroRedundancyOptimizer`, pipeline stages. A `DTensor` (FSDP2,
-            tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
-        max_lr: bound of the effective lr, > 0: the scale never exceeds max_lr / (the largest lr so far, of all groups).
-            None: no bound.
-        per_group: learn one scale for each parameter group, from that group's gradient, weights and updates alone: for
-            groups whose updates have unlike units, or that start far apart. Ratios between their lrs then stop
-            mattering. docs/per-group.md says when it helps. False: one scale for all.
-
-    Returns:
-        The class `Mechanized<Base>`. Type checkers see the base's arguments and attributes too for optimizers of torch
-        and what is derived from them, and those of `Mechanic` alone for others, because no type says "`Base` and
-        `Mechanic`": there, `assert isinstance(optimizer, Base)` adds the base's.
-
-    Raises:
-        TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.
-        ValueError: an option breaks its rule.
-
-    Example:
-        >>> import torch
-        >>> from mechanic_pytorch import mechanize
-        >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
-        >>> model(torch.ones(8, 4)).square().mean().backward()
-        >>> optimizer.step()
-
-    Source: arXiv 2306.00144, Algorithm 1.
-    """
-    options = {name: value for name, value in locals().items() if name != "Base"}  # which `Config` declares
-    if not (isinstance(Base, type) and issubclass(Base, Optimizer) and Base is not Optimizer):
-        got = f"an instance of {type(Base).__name__}" if isinstance(Base, Optimizer) else repr(Base)
-        raise TypeError(
-            f"mechanize: Base must be a subclass of torch.optim.Optimizer. Got {got}. "
-            "Remedy: pass the class and call the result: mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)."
-        )
-    if issubclass(Base, Mechanic):
-        raise TypeError(
-            f"mechanize: Base must not be mechanized already. Got {Base.__name__}. Remedy: use it as it is, or "
-            "mechanize the plain class with the options you want."
-        )
-    if isinstance(s_decay, Iterable) and not isinstance(s_decay, str):
-        raise TypeError(
-            f"mechanize: s_decay must be a number. Got {type(s_decay).__name__}. Remedy: parameters go to the class "
-            f"that mechanize returns: mechanize({Base.__name__})(model.parameters(), lr=1.0)."
-        )
-    return class_for(Mechanic, Base, Config(**options))
-
-
 def is_mechanized(opt: object) -> TypeGuard[Mechanic]:
     """Return True if an optimizer was built by a class that `mechanize` returned.
 
@@ -208,7 +112,7 @@ class Mechanic(Optimizer):
 
         Args:
             closure: re-evaluates the model, with autograd on, and returns the loss. Its first evaluation happens before
-                the base sees it, at the same weights; the base evaluates it as often as it would by itself.
+                the base sees it, at the same weights; the base evaluates it as often as without Mechanic.
             *args: passed on to the base.
             **kwargs: passed on to the base.
 
@@ -220,7 +124,7 @@ class Mechanic(Optimizer):
         Adam and AdamW and `fused=True` no copy is made: an interrupt (Ctrl-C) in the middle of a step may leave some
         weights stepped and others not, as with the plain ones.
         """
-        base = BaseStep(self, step_after(Mechanic, type(self)), closure, args, kwargs)  # evaluates the closure, at x
+        base = BaseStep(self, self._step_of_base(), closure, args, kwargs)  # evaluates the closure, at x
         work = gather(self.param_groups, self.state, self.mechanic_config, maximize=getattr(self, "maximize", False))
         tuner = self.mechanic_tuner
         if work.is_empty:
@@ -279,6 +183,13 @@ class Mechanic(Optimizer):
         tuner.count_skipped()
         self._mechanic_watch.after_skip(tuner, self, can_sync=base.can_sync)
         return base.loss
+
+    @classmethod
+    def _step_of_base(cls) -> Callable[..., Any]:
+        """Return what `super().step` is, as a function: no compiler looks into `super`."""
+        order: tuple[Any, ...] = cls.__mro__
+        step: Callable[..., Any] = order[order.index(Mechanic) + 1].step
+        return step
 
     @cached_property
     def _mechanic_tuner(self) -> Tuner:

@@ -30,8 +30,7 @@ from typing import Any, TypeGuard
 
 from torch import optim as _torch_optim  # not as `torch`, which would be a module in here
 
-from mechanic_pytorch._classes import class_named
-from mechanic_pytorch.mechanic import mechanize
+from mechanic_pytorch._classes import class_named, mechanize
 
 __path__: list[str] = []  # so that Python asks for modules in here, which `_Others` makes
 

@@ -118,7 +118,7 @@ class Trace:
     Each is kept as one tensor of some hundred bytes. Steps have the optimizer's own numbers, which its checkpoint
     holds: the trace of a resumed run goes on where that of the run before ended.
 
-    Of steps that are compiled, or replayed as a CUDA graph, it sees nothing by itself: call `record` after them.
+    It does not see steps that are compiled, or replayed as a CUDA graph: call `record` after them.
 
     Args:
         optimizer: a mechanized one, or a wrapper around it.
@@ -147,7 +147,7 @@ class Trace:
         inner.register_step_post_hook(lambda stepped, *_: self.record(stepped) if can_sync(stepped) else None)
 
     def record(self, optimizer: object) -> None:
-        """Take in the present state. Steps do so by themselves, unless they are compiled or in a CUDA graph."""
+        """Record the present state. Steps call this, unless they are compiled or in a CUDA graph."""
         self._rows.add(lambda: snapshot(optimizer))
 
     def read(self) -> list[ReadOut]:

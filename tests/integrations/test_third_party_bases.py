@@ -25,7 +25,7 @@ from pytorch_optimizer.optimizer.utils.graft import SGDGraft
 from pytorch_optimizer.optimizer.utils.partition import BlockPartitioner, PreConditionerType
 from pytorch_optimizer.optimizer.utils.preconditioner import PreConditioner
 
-from helpers import assert_identical, environment_of_tests
+from helpers import assert_identical, environment_of_tests, stored_of
 from mechanic_pytorch import Mechanic, is_mechanized, mechanize
 from problems import full_loss, loss_of, mlp, train
 
@@ -237,8 +237,8 @@ def test_torchao_keeps_its_state_quantized_and_ours_exact(name):
         other.load_state_dict(optimizer.state_dict())
     for o, p in ((optimizer, model[0].weight), (other, other.param_groups[0]["params"][0])):
         assert type(o.state[p]["exp_avg"]).__name__.startswith("OptimState")
-        assert o.state[p]["mechanic_reference"].dtype == torch.float32
-        assert type(o.state[p]["mechanic_reference"]) is torch.Tensor
+        assert stored_of(o, p).dtype == torch.float32
+        assert type(stored_of(o, p)) is torch.Tensor
 
 
 @pytest.mark.parametrize("name", TORCHAO)

@@ -14,7 +14,7 @@ else:
     except ImportError:  # then nobody asks for the plugin but its documentation
         BasePlugin = object
 
-from mechanic_pytorch.mechanic import mechanize
+from mechanic_pytorch._classes import mechanize
 
 
 class MechanicPlugin(BasePlugin):

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from mechanic_pytorch._config import Config
-from mechanic_pytorch.scripts.compare import Comparison, compare
+from mechanic_pytorch.scripts.compare import Comparison, compare, train_all
 from mechanic_pytorch.scripts.plain import LearnedPatch, PlainPatch
 from mechanic_pytorch.scripts.report import say
 from mechanic_pytorch.scripts.run import Job, ScriptPatch, Watch, reports, run
@@ -357,7 +357,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
     if isinstance(job, Job):
         run(job)
     elif isinstance(job, Comparison):
-        sys.exit(compare(job))
+        sys.exit(compare(job, train_all(job)))
     else:
         sys.exit(job)  # --help has printed what it had to
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -92,12 +92,12 @@ class Trained:
         }
 
 
-def compare(job: Comparison) -> int:
-    """Make the runs, and show and write what came of them; return the exit status."""
+def compare(job: Comparison, training: Iterable[Trained]) -> int:
+    """Let `training` make the runs, then show and write what came of them; return the exit status."""
     runs: list[Trained] = []
     status = 0
     try:
-        for number, run in enumerate(_train_all(job)):
+        for number, run in enumerate(training):
             runs.append(run)
             if run.end != OK:
                 status = 1
@@ -114,7 +114,8 @@ def _facts(job: Comparison) -> dict[str, Any]:
     return {"command": job.command, "options": job.options, "seeds": list(job.seeds)}
 
 
-def _train_all(job: Comparison) -> Iterator[Trained]:
+def train_all(job: Comparison) -> Iterator[Trained]:
+    """Make the runs, and yield each as it ends."""
     for seed in job.seeds:
         yield _train(job, "plain", seed, ["--plain"])
         last = _train(job, "mechanized", seed, job.options)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from mechanic_pytorch.mechanic import mechanize
+from mechanic_pytorch._classes import mechanize
 from mechanic_pytorch.telemetry import read_out
 
 PACKAGES = (

@@ -22,7 +22,7 @@ _MOVES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # after which nobody k
 class LiveLine:
     """A line below the cursor, redrawn after everything that the script writes to the terminal.
 
-    It sees what Python writes to stdout and stderr. A script that moves the cursor by itself, other than back to the
+    It sees what Python writes to stdout and stderr. A script that moves the cursor, other than back to the
     start of a line, ends it: two cannot draw on one screen.
 
     Args:

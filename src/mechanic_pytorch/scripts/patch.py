@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mechanic_pytorch._classes import with_layout
+from mechanic_pytorch._classes import mechanize, with_layout
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._torch import lrs
 from mechanic_pytorch._tuner import SKIPPED_STEPS, STEPS, Tuner, entries_of, is_ours
-from mechanic_pytorch.mechanic import Mechanic, mechanize
+from mechanic_pytorch.mechanic import Mechanic
 from mechanic_pytorch.scripts.place import place_of
 from mechanic_pytorch.scripts.wrapping import Function, wrapped
 
@@ -44,7 +44,7 @@ def patched(
     exclude: Iterable[Named] = (),
     **options: Any,
 ) -> AbstractContextManager[Sequence[Built]]:
-    """Mechanize every optimizer of `torch.optim` that is built inside this context, by whomever.
+    """Mechanize every optimizer of `torch.optim` that is built inside this context, by any code.
 
     The optimizer is an instance of the class that was called, and of `Mechanic`. How the class was got hold of makes no
     difference. Left as they are: third-party optimizers, subclasses of torch's, and LBFGS, which assumes that it owns

@@ -40,7 +40,7 @@ class Place:
 def place_of(optimizer: object) -> Place:
     """Return the line that builds this optimizer, which is being built now.
 
-    It is the innermost one that is of no library, or, where a library builds optimizers by itself, of that library.
+    It is the innermost one that is of no library, or, where a library builds the optimizer, of that library.
     """
     frame: FrameType | None = sys._getframe(1)
     found: FrameType | None = None

@@ -288,9 +288,21 @@ def _groups(numbers: Sequence[int]) -> str:
 
 
 def write(
-    directory: Path, built: Sequence[Built], records: Mapping[Built, Record], facts: Mapping[str, Any]
+    directory: Path,
+    built: Sequence[Built],
+    records: Mapping[Built, Record],
+    facts: Mapping[str, Any],
+    *,
+    max_panels: int = PANELS,
 ) -> list[str]:
     """Write report.json, effective_lr.png and a TensorBoard log, in the place of earlier ones.
+
+    Args:
+        directory: where they are written.
+        built: the optimizers.
+        records: what they did.
+        facts: what else the report holds.
+        max_panels: how many optimizers the picture shows at most.
 
     Returns:
         What could not be written, and why.
@@ -302,10 +314,10 @@ def write(
     recorded = [one for one in optimizers if one["effective_lr"]]
     if not recorded:
         return [f"no picture: {_why_no_picture(built)}"]
-    _draw(picture, recorded[:PANELS])
+    _draw(picture, recorded[:max_panels])
     problems = _log_for_tensorboard(log, recorded)
-    if len(recorded) > PANELS:
-        problems.append(f"the picture shows the first {PANELS} optimizers of {len(recorded)}; report.json has all")
+    if len(recorded) > max_panels:
+        problems.append(f"the picture shows the first {max_panels} optimizers of {len(recorded)}; report.json has all")
     return problems
 
 

@@ -50,7 +50,6 @@ from mechanic_pytorch.scripts.report import (
 from mechanic_pytorch.scripts.sigterm import before_sigterm
 
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and its like; srun; mpirun
-FLUSH_SECONDS = 60.0  # report.json is at most so old when a run is killed
 AT_ONCE = 60.0  # a script that ends itself sooner, and without an optimizer, was not to train: --help, a wrong argument
 
 
@@ -72,11 +71,11 @@ class ScriptPatch(Patch):
         self._of_kind: Counter[Hashable] = Counter()
 
     def reason_against(self, cls: type[Optimizer]) -> str | None:
-        """Leave all plain in a script that makes processes by itself, because nothing mechanizes the others' part."""
+        """Leave all plain in a script that starts processes, because nothing mechanizes what they train."""
         reason = super().reason_against(cls)
         if reason is None and not self._was_launched and _world_size() > 1:
             return (
-                "the script has started other processes by itself, and they train plainly; "
+                "the script has started other processes, and they train plainly; "
                 f"use torchrun --nproc-per-node {_world_size()} -m mechanic_pytorch run"
             )
         return reason
@@ -151,14 +150,22 @@ class Watch(Patch):
         directory: of the report, or None.
         facts: what else the report holds.
         with_plain: whether optimizers that are left as they are have curves, too.
+        flush_seconds: how old report.json is at most when a run is killed.
     """
 
-    def __init__(self, directory: Path | None, facts: dict[str, Any], *, with_plain: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        facts: dict[str, Any],
+        *,
+        with_plain: bool = False,
+        flush_seconds: float = 60.0,
+    ) -> None:
         super().__init__(None, (), (), {})
         self.records: dict[Built, Record] = {}
         self.children = Children()
         self.directory = directory
-        self._facts, self._with_plain = facts, with_plain
+        self._facts, self._with_plain, self._flush_seconds = facts, with_plain, flush_seconds
         self._losses = Losses()
         self._start = self._written = time.monotonic()
         self._process = os.getpid()
@@ -193,7 +200,9 @@ class Watch(Patch):
 
     def _flush(self, optimizer: Optimizer, *_: Any) -> None:
         """Write report.json now and then: nobody can after a SIGKILL."""
-        if not can_sync(optimizer) or not self.is_here() or time.monotonic() - self._written < FLUSH_SECONDS:
+        if not can_sync(optimizer) or not self.is_here():
+            return
+        if time.monotonic() - self._written < self._flush_seconds:
             return
         self._written = time.monotonic()
         self.write_numbers("running")
