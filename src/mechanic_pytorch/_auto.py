@@ -374,7 +374,7 @@ def first_scale(
     again = (memory.pace > 0) & is_usable & (is_new > 0) & is_too_long
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
-    # An update that is lost in rounding calls for a larger lr. But the first of 0 may be one that the base did not make.
+    # An update lost in rounding calls for a larger lr. But the first of 0 may be one that the base has not made.
     lost = torch.where(
         (ratio == 0) & (memory.loudest == 0), NOTHING_LOST, ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
     )
