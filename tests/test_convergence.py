@@ -22,7 +22,6 @@ from sklearn.datasets import load_iris
 from benchmarks.convergence import __main__ as program
 from benchmarks.convergence import data, methods, plan, tables, tasks
 from benchmarks.convergence.results import IDENTITY, Results, key
-from mechanic_pytorch import _auto
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "tests.test_convergence", "run"]  # in ROOT
@@ -275,16 +274,6 @@ def test_the_learned_rate_is_that_of_the_same_seed(task, tmp_path):
         assert by_name["plain@learned", seed]["lr"] == by_name["ours-auto", seed]["learned lr"] > 0
         assert by_name["plain@learned", seed]["peak lr"] == pytest.approx(by_name["ours-auto", seed]["learned lr"])
         assert len(by_name["ours", seed]["lr over time"]) == 20
-
-
-def test_the_ablation_changes_the_constants_of_its_own_job_alone(task, tmp_path):
-    losses = {}
-    for method in ("ours-auto", *methods.ABLATION, "ours-auto"):
-        line = methods.execute(methods.Job(task, method, 0, "quick"), None, tmp_path, 1)
-        assert losses.setdefault(method, line["loss"]) == line["loss"], method
-    assert losses[f"ablation@{_auto.RELATIVE:g},{_auto.LOSS_WEIGHT_MOVING:g}"] == losses["ours-auto"]
-    first_steps = [losses[f"ablation@{first:g},0.5"] for first in (1e-4, 1e-3, 1e-2)]
-    assert len(set(first_steps)) == 3  # in so short a run losses, and so their weight, hardly matter yet
 
 
 def test_schedules_rise_and_fall_as_they_should():
