@@ -266,7 +266,7 @@ class Mechanic(Optimizer):
         self._mechanic_watch.restart()
 
     def freeze_scale(self) -> None:
-        """Stop adapting: from now on a step is the base's own, at lr times the present scale, at the cost of a plain step.
+        """Stop adapting: from now on a step is a plain one of the base, at lr times the present scale, at its cost.
 
         The counts, `learned_lr()` and `skip_nonfinite` keep working; the latter costs a pass over the gradients and a
         sync (and a sum over the processes, if they share the tuner). Schedules and changes of lr keep working, and only
