@@ -218,7 +218,7 @@ def test_a_checkpoint_of_a_number_is_refused_with_the_calls_that_load_it():
         optimizer.load_state_dict(checkpoint)
     assert_identical(optimizer.state_dict(), before)
 
-    calls = "mechanize(AdamW, s_init=1e-8), the former default", 'load_state_dict(..., tuner="fresh")'
+    calls = "such as mechanize(AdamW, s_init=1e-8)", 'load_state_dict(..., tuner="fresh")'
     assert all(call in str(refused.value) for call in calls)
     optimizer.load_state_dict(checkpoint, tuner="fresh")
     assert optimizer.scale == 0

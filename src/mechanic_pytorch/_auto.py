@@ -1,66 +1,67 @@
-r"""`s_init="auto"`: plain steps of the base, at a scale that is learned from the way the weights have really gone.
+r"""`s_init="auto"`, the default: plain steps of the base, at a scale learned from the displacement of the weights.
 
 A step is the base's own, S times as long, and nothing else:
 
     x = x + S * u
 
-S is learned by the bets of Algorithm 1 (`tune`), on D = x - x_ref, the way that the weights have really gone: with
-delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two steps is in D. This file is
-what happens before `tune` (`bet`) and after it (`settle`): nine rules that replace the constants of Algorithm 1. They
-are pure functions of numbers, one for each tuner. docs/safety.md gives the reasons, docs/design-notes.md what the
-constants were chosen on.
+S is learned by the bets of Algorithm 1 (`tune`) on D = x - x_ref, the displacement of the weights, with delta = D / S.
+x_ref is stored, not delta, so D contains whatever is done to the weights between two steps. This file has what happens
+before `tune` (`bet`) and after it (`settle`): nine rules that replace the constants of Algorithm 1. They are pure
+functions of numbers, one for each tuner. docs/safety.md gives the reasons, and docs/design-notes.md says on which tasks
+the constants were chosen.
 
 **Start** (`first_scale`). |u| is the length of the first update and |x| that of the weights then, 1 if they are all 0.
 The first step already moves the weights by `RELATIVE` of their length: s_init = RELATIVE * |x| / |u|. s_decay is
-counted in |u| / (the longest |x| so far), and eps is 0. Multiplying all updates by a constant then changes nothing: so
-no base lr matters. The scale stays 0 until the first nonzero update and gradient. Under a warm-up |u| is rescaled to
-the largest lr.
+counted in |u| / (the longest |x| so far), and eps is 0. Multiplying all updates by a constant then changes nothing, so
+the base lr does not matter. The scale stays 0 until the first nonzero update and gradient. Under a warm-up |u| is
+rescaled to the largest lr.
 
 **Time** (`settle`). A step whose lr is the part w of the largest since the search counts as the part w of a step: the
 new vectors are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND`
 of its largest, w is 1, because the schedule may be over soon.
 
 **Schedule** (`of_schedule`). The search finds the largest effective lr that wins, whatever the schedule does meanwhile:
-as long as bets win, the scale makes up for an lr that falls. And no schedule raises the effective lr above the largest
-before it: what is more is taken from the scale. A warm-up may, but not by more than
-`FASTEST` times in a step, as an lr would that is set by hand from 1e-8 to 1.
+as long as bets win, the scale makes up for an lr that falls. Nor does a schedule raise the effective lr above its
+largest value before: the scale is lowered instead. Only a warm-up may raise it, by a factor of at most `FASTEST` in a
+step, which an lr that is set by hand from 1e-8 to 1 would exceed.
 
-**Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. A
-schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end, so the
-scale that pays best at the moment is too small: losses count half.
+**Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, so noise alone lets no scale grow. A
+schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end. The scale
+that pays best at the moment is then too small, so losses count half.
 
-**Floor** (`settle`). The search goes some R = max |D| far before it goes too far. From then on a step is at least
-R / (`SHARE` * sqrt(`REST` + n)) long: a part of the way that was worth going, less and less of it as n, the steps at a
-resting lr, grows. One at the part w of the highest lr counts as w^`RESTING` of a step, because a schedule that falls
-shortens steps by itself. So the scale is at least
+**Floor** (`settle`). Before it goes too far, the search has gone a distance R = max |D|. From then on a step is at
+least R / (`SHARE` * sqrt(`REST` + n)) long, where n is the number of steps at a resting lr. A step at the part w of the
+highest lr counts as w^`RESTING` of one, because a schedule that falls shortens steps by itself. So the scale is at
+least
 
     S = R / (`SHARE` * sqrt(`REST` + n)) / |u|
 
 and that is the new s_init. |u| is an average over the last `RECENT` steps, but at least 1 / `SHORTEST` of the longest
-of late, because what is short for a while may be long again; updates of 0 do not count. It is DoG (Ivgi, Hinder and
-Carmon, 2023, arXiv 2302.12022), with R of a search in the place of the distance so far, and updates in that of
-gradients.
+of late, because updates that are short for a while may be long again; updates of 0 do not count. This is the rule of
+DoG (Ivgi, Hinder and Carmon, 2023, arXiv 2302.12022), with the R of a search in place of the distance so far, and
+updates in place of gradients.
 
-Bets go on, from empty vectors, for more. Where they raise the scale above `FARTHER` times its floor, that is a search
-again, until it has fallen to `FOUND` of its largest. R is the farthest of all.
+Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again,
+which lasts until the scale has fallen to `FOUND` of its largest. R is the farthest |D| of all searches.
 
-**Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
-where k is `FOLLOW`.
+**Memory** (`settle`). After the search x_ref follows the weights: each step moves it by about the part
+k / (steps since then) of its distance to them, where k is `FOLLOW`.
 
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
 max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
 
-**Newcomers** (`first_scale`). A step that would be shortened as a bad batch, but because of the gradient of parameters
-that take part for the first time, is another problem, for which the scale of the others may be far too large: layers in
-turns, or no longer frozen. All begins again as at the start, from |u| and |x| of the newcomers; the step is not
-shortened, and x_ref is x. Not so in sharded runs, where processes may disagree on who is new.
+**Newcomers** (`first_scale`). Parameters that take part for the first time, as layers in turns or unfrozen ones do, are
+another problem, for which the scale of the others may be far too large. If a step would be shortened as a bad batch
+because of their gradient, everything begins again as at the start, from |u| and |x| of the newcomers: the step is not
+shortened, and x_ref is x. Sharded runs do without this rule, because their processes may disagree on what is new.
 
-**Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base,
-if its updates are in proportion to lr, finds every lr multiplied by one number, and nobody else does. At first that
+**Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base
+whose updates are in proportion to lr sees every lr multiplied by one number, which nobody else sees. At first that
 number makes the largest lr 1. A first update that is shorter than the weights by more than half of their digits is not
-used: the number grows and the next step tries again. But if the very first is 0, the base may not have made it, so the
-number stays as it is once. Later it changes by powers of two, which round nothing: once, until the first update would
-be as long as the weights, if more than a quarter of its digits are lost; and whenever lr grows past what it promised.
+used: the number grows, and the next step tries again. But if the very first update is 0, the base may not have made
+one, so the number stays as it is once. Later the number changes by powers of two, which round nothing: once, until the
+first update would be as long as the weights, if more than a quarter of its digits are lost; and whenever lr grows
+above the bound that was promised.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def check_group(who: str, group: dict[str, Any]) -> None:
     Raises:
         ValueError: `differentiable=True`; a `DTensor` that holds partial sums; several iterations a step without a line
             search (LBFGS).
-        TypeError: weights of a class without copies and differences, such as 8-bit ones.
+        TypeError: weights of a class that cannot be copied and subtracted, such as 8-bit ones.
     """
     if any(placement.is_partial() for p in group["params"] for placement in getattr(p, "placements", ())):
         raise ValueError(
@@ -49,8 +49,8 @@ def check_group(who: str, group: dict[str, Any]) -> None:
             _check_arithmetic(who, p)
     if group.get("line_search_fn", "") is None and (group.get("max_iter") or 1) > 1:
         raise ValueError(
-            f"{who}: several iterations a step need a line search, because LBFGS takes it for granted that its own "
-            f"last step was made, and diverges. Got line_search_fn=None and max_iter={group['max_iter']}. Remedy: "
+            f"{who}: several iterations a step need a line search, because LBFGS assumes that its own last step was "
+            f"made, and diverges. Got line_search_fn=None and max_iter={group['max_iter']}. Remedy: "
             "max_iter=1; or line_search_fn='strong_wolfe' with a max_iter of about 4; or the plain LBFGS."
         )
     if group.get("differentiable"):
@@ -68,7 +68,7 @@ def _check_arithmetic(who: str, p: Tensor) -> None:
             torch._foreach_sub([p.detach()], [p.detach()])
     except NotImplementedError as error:
         raise TypeError(
-            f"{who}: weights must be of a class with copies and differences. Got {type(p).__name__}. Remedy: "
+            f"{who}: weights must be of a class that can be copied and subtracted. Got {type(p).__name__}. Remedy: "
             "give these parameters to a plain optimizer of their own, or train them in bfloat16."
         ) from error
 
@@ -135,7 +135,7 @@ def _check_loadable(optimizer: Optimizer, config: Config, state_dict: dict[str, 
     Raises:
         ValueError: its tuner has another number of betas, or another kind of start, or has learned but come without the
             sums of updates; it has one tuner where there is one per group here, or the reverse; a key is missing, has
-            another shape or holds what no run can have written; it was made by version 0.0.1; it is differentiable.
+            another shape or holds impossible numbers; it was made by version 0.0.1; it is differentiable.
     """
     refuse = functools.partial(_refuse, type(optimizer).__name__)
     if "_mechanic" in state_dict["state"]:
@@ -175,8 +175,8 @@ def _check_tuners(
             if MEMORY not in row:  # it does not say which number
                 kinds = ("a number", "'auto'")
                 remedy = (
-                    f"build the optimizer with mechanize({base.__name__}, s_init=1e-8), the former default, or with "
-                    "the number that it was saved with"
+                    f"build the optimizer with the number that it was saved with, such as mechanize({base.__name__}, "
+                    "s_init=1e-8)"
                 )
             refuse("must have the same kind of s_init", f"{kinds[0]} in it and {kinds[1]} here", remedy)
         for key, powers in tensors_of_row(config).items():

@@ -147,7 +147,7 @@ class Checked:
         warnings.warn(
             f"mechanic_pytorch: the kernel {self.name!r} cannot be trusted on {device}, and the run goes on with "
             f"'foreach', which is slower. Got {self.failures[device]}. Remedy: where a C compiler is missing, which "
-            "Triton needs, install one; set MECHANIC_KERNEL=foreach to be rid of this warning; report what else it is.",
+            "Triton needs, install one; set MECHANIC_KERNEL=foreach to silence this warning; report any other cause.",
             stacklevel=2,
         )
 
