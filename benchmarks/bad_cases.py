@@ -36,7 +36,7 @@ from mechanic_pytorch import is_mechanized, mechanize
 SEEDS = range(3)
 DECAYS = (0.0, 0.01, 0.1, 1.0)
 OURS: dict[str, dict[str, Any]] = {
-    "defaults": {},
+    "`s_init=1e-8`": {"s_init": 1e-8},
     '`s_init="auto"`': {"s_init": "auto"},
     '`s_init="auto", s_decay=1.0`': {"s_init": "auto", "s_decay": 1.0},
     '`s_init="auto", s_decay=10.0`': {"s_init": "auto", "s_decay": 10.0},
@@ -121,7 +121,7 @@ def main() -> None:
 
     free, auto = po.ScheduleFreeAdamW, mechanize(adamw, s_init="auto")
     cases: dict[str, Make] = {
-        "mechanized": lambda p: mechanize(free)(p, lr=1.0),
+        "mechanized, `s_init=1e-8`": lambda p: mechanize(free, s_init=1e-8)(p, lr=1.0),
         'mechanized, `s_init="auto"`': lambda p: mechanize(free, s_init="auto")(p, lr=1.0),
         '`ScheduleFreeWrapper` around mechanized AdamW, `s_init="auto"`': lambda p: po.ScheduleFreeWrapper(
             auto(p, lr=1.0, betas=(0.0, 0.999))

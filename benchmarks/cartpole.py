@@ -26,7 +26,7 @@ STEPS = 10_000
 OPTIMIZERS: dict[str, tuple[Any, float]] = {
     "plain Adam, lr 1e-3": (torch.optim.Adam, 1e-3),
     '`s_init="auto"`': (mechanize(torch.optim.Adam, s_init="auto"), 1.0),
-    "`s_init=1e-8`": (mechanize(torch.optim.Adam), 1.0),
+    "`s_init=1e-8`": (mechanize(torch.optim.Adam, s_init=1e-8), 1.0),
 }
 
 

@@ -33,7 +33,10 @@ from benchmarks.pages import arguments, markdown_table, origin, print_or_fill
 from benchmarks.shared import cosine, digits, network
 from mechanic_pytorch import mechanize
 
-BASES = {"AdamW": mechanize(torch.optim.AdamW), "SGD": partial(mechanize(torch.optim.SGD), momentum=0.9)}
+BASES = {
+    "AdamW": mechanize(torch.optim.AdamW, s_init=1e-8),
+    "SGD": partial(mechanize(torch.optim.SGD, s_init=1e-8), momentum=0.9),
+}
 TASKS = [  # data, base, schedule, steps, batch, seeds; 21 steps are an epoch of the digits
     *[("digits", base, schedule, 630, 64, 8) for base in BASES for schedule in ("constant", "cosine")],
     ("digits", "AdamW", "constant", 6300, 64, 3),

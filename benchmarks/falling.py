@@ -20,7 +20,7 @@ from benchmarks.pages import arguments, markdown_table, print_or_fill
 
 RESULTS = Path(__file__).parent / "convergence" / "results.jsonl"
 PRESENT = RESULTS.with_name("plain-steps.jsonl")
-PEERS = ("prodigy", "schedule-free", "adamw@1e-3", "ldog", "d-adaptation")
+PEERS = ("prodigy", "schedule-free", "0.0.1", "adamw@1e-3", "ours", "ldog", "d-adaptation")
 
 
 def main() -> None:

@@ -92,13 +92,13 @@ def main() -> None:
     page = arguments(__doc__).parse_args().fill
     torch.set_num_threads(1)
     adamw = torch.optim.AdamW
-    auto, default = mechanize(adamw, s_init="auto"), mechanize(adamw)
+    auto, number = mechanize(adamw), mechanize(adamw, s_init=1e-8)
     _, best = tuned(lambda lr: train(adamw, lr), centre=-4, reach=4)
-    runs = {'s_init="auto"': train(auto, 1.0)[1], "defaults": train(default, 1.0)[1]}
+    runs = {'s_init="auto"': train(auto, 1.0)[1], "s_init=1e-8": train(number, 1.0)[1]}
     OUTPUT.mkdir(exist_ok=True)
     figures = {
         "learning-rates": learning_rates(runs, best),
-        "copies": copies(runs["defaults"], default.mechanic_config.betas),
+        "copies": copies(runs["s_init=1e-8"], number.mechanic_config.betas),
     }
     for name, figure in figures.items():
         file = OUTPUT / f"{name}.png"

@@ -1,4 +1,4 @@
-"""Train on real digits at base learning rates from 1e-8 to 1e6: plain AdamW, and AdamW mechanized, with two starts.
+"""Train on real digits at base learning rates from 1e-8 to 1e6: plain AdamW, and AdamW mechanized.
 
 The data are scikit-learn's handwritten digits, 1,797 images of 8 x 8 pixels which come with it; nothing is downloaded.
 Every run starts from the same weights and sees the same batches in the same order, under the same cosine schedule; only
@@ -110,12 +110,11 @@ def accuracy_on_test(model: nn.Module, data: Digits) -> float:
     return 100.0 * float((model(data.test_x).argmax(dim=1) == data.test_y).float().mean())
 
 
-def train_all(data: Digits, epochs: int, console: Console) -> tuple[list[Run], list[Run], list[Run]]:
-    """Train at every base learning rate under one progress bar; return the plain and both kinds of mechanized runs."""
+def train_all(data: Digits, epochs: int, console: Console) -> tuple[list[Run], list[Run]]:
+    """Train at every base learning rate under one progress bar; return the plain and the mechanized runs."""
     contestants = {
         "plain AdamW": torch.optim.AdamW,
         "mechanized AdamW": mechanize(torch.optim.AdamW),
-        'mechanized AdamW, s_init="auto"': mechanize(torch.optim.AdamW, s_init="auto"),
     }
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -126,49 +125,30 @@ def train_all(data: Digits, epochs: int, console: Console) -> tuple[list[Run], l
                 progress.update(task, description=f"{name}, base lr {base_lr:.0e}")
                 runs[name].append(train(base, base_lr, data, epochs, lambda: progress.advance(task)))
         progress.update(task, description=f"epochs of all {len(contestants) * len(BASE_LRS)} runs")
-    plain, mechanized, auto = runs.values()
-    return plain, mechanized, auto
+    plain, mechanized = runs.values()
+    return plain, mechanized
 
 
-def make_table(plain: list[Run], mechanized: list[Run], auto: list[Run], epochs: int) -> Table:
+def make_table(plain: list[Run], mechanized: list[Run], epochs: int) -> Table:
     """Return the one table: a row for each base learning rate."""
     table = Table(title=f"Handwritten digits after {epochs} epochs: accuracy on test images")
-    for header in ("base lr", "plain AdamW", "mechanized", "learned lr", '"auto"', "learned lr"):
+    for header in ("base lr", "plain AdamW", "mechanized", "learned lr"):
         table.add_column(header, justify="right")
-    for p, m, a in zip(plain, mechanized, auto, strict=True):
-        table.add_row(
-            f"{p.base_lr:.0e}", percent(p), percent(m), f"{m.learned_lr:.1e}", percent(a), f"{a.learned_lr:.1e}"
-        )
+    for p, m in zip(plain, mechanized, strict=True):
+        table.add_row(f"{p.base_lr:.0e}", percent(p), percent(m), f"{m.learned_lr:.1e}")
     return table
 
 
-def make_notes(plain: list[Run], mechanized: list[Run], auto: list[Run], data: Digits) -> list[str]:
+def make_notes(plain: list[Run], mechanized: list[Run], data: Digits) -> list[str]:
     """Return what the results say, good and bad."""
     best = max(plain, key=lambda run: run.accuracy)
-    good_plain, good, good_auto = (
-        [run for run in runs if run.accuracy >= best.accuracy - CLOSE] for runs in (plain, mechanized, auto)
-    )
-    notes = [
+    good_plain, good = ([run for run in runs if run.accuracy >= best.accuracy - CLOSE] for runs in (plain, mechanized))
+    return [
         "Learned lr: with this lr and the same schedule, the steps of plain AdamW would sum to the same.",
         f"The best plain AdamW has {percent(best)}, at base lr {best.base_lr:.0e}. Within {CLOSE:.0f} points of it: "
-        f'plain AdamW at {base_lrs(good_plain)}; mechanized AdamW at {base_lrs(good)}; with s_init="auto" at '
-        f"{base_lrs(good_auto)}.",
+        f"plain AdamW at {base_lrs(good_plain)}; mechanized AdamW at {base_lrs(good)}.",
+        f"One seed and one split of the data; one test image is {100 / len(data.test_y):.1f} points.",
     ]
-    held_back = [run for run in mechanized if is_held_back(run, good)]
-    if held_back:
-        notes.append(
-            f"Mechanized AdamW at {base_lrs(held_back)} learned too small a scale: a small base lr needs a large one, "
-            "but s_init and eps are absolute numbers, and s_decay pulls the harder the larger the scale. "
-            'Remedy: pass lr=1.0, or s_init="auto".'
-        )
-    notes.append(f"One seed and one split of the data; one test image is {100 / len(data.test_y):.1f} points.")
-    return notes
-
-
-def is_held_back(run: Run, good: list[Run]) -> bool:
-    """Return True if base lr and learned lr of a mechanized run are below those of all good ones, lr=1.0 among them."""
-    lr_one_is_good = any(other.base_lr == 1.0 for other in good)
-    return lr_one_is_good and all(run.base_lr < other.base_lr and run.learned_lr < other.learned_lr for other in good)
 
 
 def percent(run: Run) -> str:
@@ -181,19 +161,18 @@ def base_lrs(runs: list[Run]) -> str:
     return f"{', '.join(f'{run.base_lr:.0e}' for run in runs) or 'none'} ({len(runs)} of {len(BASE_LRS)})"
 
 
-def draw(plain: list[Run], mechanized: list[Run], auto: list[Run], path: Path) -> None:
+def draw(plain: list[Run], mechanized: list[Run], path: Path) -> None:
     """Draw accuracy against base learning rate; line style and marker tell the curves apart without colour."""
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # from the palette of Okabe and Ito
+    orange, green = "#D55E00", "#009E73"  # from the palette of Okabe and Ito
     styles = (
-        (auto, 'mechanized AdamW, s_init="auto"', {"color": green, "linestyle": "-", "linewidth": 4, "marker": "^"}),
-        (mechanized, "mechanized AdamW, default start", {"color": blue, "linestyle": "-.", "marker": "o"}),
+        (mechanized, "mechanized AdamW", {"color": green, "linestyle": "-", "linewidth": 4, "marker": "^"}),
         (plain, "plain AdamW", {"color": orange, "linestyle": "--", "marker": "s", "markerfacecolor": "none"}),
     )
     for runs, label, style in styles:
         points = [r.base_lr for r in runs], [r.accuracy for r in runs]
         axes.plot(*points, label=label, **{"linewidth": 2, "markersize": 9, **style})
-    broken = [run for run in (*plain, *mechanized, *auto) if not run.finite]
+    broken = [run for run in (*plain, *mechanized) if not run.finite]
     if broken:
         points = [r.base_lr for r in broken], [r.accuracy for r in broken]
         axes.plot(*points, "kx", markersize=9, label="loss not finite")

@@ -29,7 +29,7 @@ class Digits(LightningModule):
 
     def configure_optimizers(self):
         """Return the optimizer, whose lr is learned, and a schedule with a peak of 1."""
-        optimizer = mechanize(torch.optim.AdamW, s_init="auto")(self.parameters(), lr=1.0)
+        optimizer = mechanize(torch.optim.AdamW)(self.parameters(), lr=1.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -37,7 +37,7 @@ def main() -> None:
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     mirrored = images.reshape(-1, 8, 8).flip(2).reshape(-1, 64)
-    AdamW = mechanize(torch.optim.AdamW, s_init="auto")  # noqa: N806  (a class)
+    AdamW = mechanize(torch.optim.AdamW)  # noqa: N806  (a class)
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     known = train(model, AdamW(model.parameters(), lr=1.0), images, labels, args.steps)

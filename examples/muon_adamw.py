@@ -27,8 +27,8 @@ def main() -> None:
     matrices = [layers[0].weight, layers[2].weight]  # of hidden layers; not the last layer, nor embeddings
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = {
-        "Muon": mechanize(torch.optim.Muon, s_init="auto")(matrices, lr=1.0),
-        "AdamW": mechanize(torch.optim.AdamW, s_init="auto")(rest, lr=1.0),
+        "Muon": mechanize(torch.optim.Muon)(matrices, lr=1.0),
+        "AdamW": mechanize(torch.optim.AdamW)(rest, lr=1.0),
     }
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, args.steps) for each in optimizers.values()]
     for _ in range(args.steps):

@@ -42,7 +42,7 @@ def main() -> None:
                 use_cpu=True,
             ),
             train_dataset=blocks,
-            optimizer_cls_and_kwargs=(mechanize(torch.optim.AdamW, s_init="auto"), {"lr": 1.0}),
+            optimizer_cls_and_kwargs=(mechanize(torch.optim.AdamW), {"lr": 1.0}),
             callbacks=[MechanicCallback()],  # the log has effective_lr
         )
         trainer.train()

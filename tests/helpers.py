@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from device import DEVICE
+from mechanic_pytorch._buckets import slot
+
+PUBLISHED = {"s_init": 1e-8}  # Algorithm 1 as published, with the start of version 0.0.1
 
 
 def environment_of_tests(**more):
@@ -53,18 +56,18 @@ def as_added_up(numbers):
 
 # What an optimizer stores, for tests of something else than of how. `test_what_a_checkpoint_holds` spells that out.
 
-DELTA, REFERENCE, COMPENSATION = "mechanic_delta", "mechanic_reference", "mechanic_compensation"
+COMPENSATION = "mechanic_compensation"
 COUNTS = "mechanic_steps", "mechanic_skipped_steps"
 
 
-def delta_of(optimizer, p):
-    """Return the sum of updates of a parameter, the tensor that steps change; None if there is none."""
-    return optimizer.state[p].get(DELTA)
+def slot_of(optimizer):
+    """Return the key of the one tensor that is stored for each parameter."""
+    return slot(optimizer.mechanic_config)
 
 
-def reference_of(optimizer, p):
-    """Return the weights from which `s_init="auto"` measures a parameter's way; None if there are none."""
-    return optimizer.state[p].get(REFERENCE)
+def stored_of(optimizer, p):
+    """Return that tensor, which steps change: where the parameter's way begins, or its sum of updates; None if none."""
+    return optimizer.state[p].get(slot_of(optimizer))
 
 
 def compensation_of(optimizer, p):

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counting import Operations
-from helpers import delta_of
+from helpers import stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.distributed import sum_over_processes
 
@@ -432,7 +432,7 @@ def resume(directory, dtype, per_group, rank, size):
     state = {"model": model, "optimizer": optimizer}
     dcp.load(state, checkpoint_id=directory)
     set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    deltas = [delta_of(run.optimizer, p).dtype for p in run.optimizer.state]
+    deltas = [stored_of(run.optimizer, p).dtype for p in run.optimizer.state]
     return {**outcome(train(run, 10, first=10)), "delta_dtypes": set(deltas)}
 
 

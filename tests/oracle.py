@@ -50,6 +50,7 @@ class AutoOracle:
     """`s_init="auto"`: plain steps at a scale that is learned by bets on the way gone, said in one vector.
 
     Gains are counted per way gone, not per delta: with D = x - x_ref, a step adds -(share of the scale) * <D, g>.
+    After the search, m, v and s are for the multiple of the least scale at which a step is made.
     """
 
     def __init__(self, x, base, s_decay=0.01, betas=(0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)):
@@ -58,18 +59,18 @@ class AutoOracle:
         self.m, self.v, self.r, self.s = np.zeros((4, len(betas)))
         self.reference = [None for _ in self.x]  # until it takes part
         self.pace, self.highest, self.longest = None, 0.0, 0.0
-        self.renewed, self.capped = [], 0  # how the scale was learned anew, how often the ceiling held it
+        self.ends = 0  # of searches
         self.begun = 0  # how often
 
     def step(self, g, lr):
         """Take gradients, None of what does not take part."""
-        is_higher, self.highest = lr > self.highest, max(self.highest, lr)
         here = [i for i, gi in enumerate(g) if gi is not None]
         newcomers = [i for i in here if self.reference[i] is None]
         for i in newcomers:
             self.reference[i] = self.x[i]
         gradient = flat([g[i] for i in here])
-        length = self.learn(here, gradient, lr, is_higher) if self.pace is not None else 1.0
+        length = self.learn(here, gradient, lr) if self.pace is not None else 1.0
+        self.highest = max(self.highest, lr)
         u = self.base(self.x, g)
         measured = newcomers or here
         u_norm = norm(flat([u[i] for i in measured]))
@@ -77,69 +78,96 @@ class AutoOracle:
         if (self.pace is None or is_too_long) and u_norm > 0 and norm(gradient) > 0:
             self.begin(flat([self.x[i] for i in measured]), gradient, u_norm / lr)
             length = 1.0
-        self.x = [xi + self.s.sum() * length * ui for xi, ui in zip(self.x, u, strict=True)]
+        if self.pace is not None and lr > 0:
+            now = min(length * norm(flat([u[i] for i in here])) / lr, 2 * self.stride)
+            n = min(max(self.time, 1.0), 10.0)
+            w = lr / self.highest if self.is_found else 1.0
+            if now > 0:
+                self.speed = np.sqrt((1 - w / n) * self.speed**2 + w / n * now**2)
+                self.stride = max(self.stride, now)
+        if self.pace is not None:
+            self.path += self.scale * length * norm(flat([u[i] for i in here]))
+        self.x = [xi + self.scale * length * ui for xi, ui in zip(self.x, u, strict=True)]
+
+    @property
+    def scale(self):
+        return self.s.sum() * self.unit if self.pace is not None else 0.0
 
     def begin(self, x, g, pace):
         self.begun += 1
         self.reference = [None if at is None else xi for at, xi in zip(self.reference, self.x, strict=True)]
-        self.m, self.v, self.r = np.zeros((3, len(self.s)))
-        self.pace, self.usual, self.held = pace, norm(g), norm(g)
-        self.ceiling, self.lost = np.inf, 0.0
+        self.pace = self.speed = self.stride = pace
+        self.usual = self.held = norm(g)
         self.longest = norm(x) or 1.0
-        self.least = self.loudest = 1e-3 * self.longest / pace  # effective lrs
-        self.s[:] = self.least / self.highest / len(self.s)
-        self.peak, self.time, self.is_found = self.s.sum(), 0.0, False
+        self.loudest = 1e-3 * self.longest / pace  # effective lr
+        self.reach, self.rest, self.is_found = 0.0, 0.0, False
+        self.unit, self.start = 1.0, self.loudest / self.highest
+        self.bet_anew(self.start)
+        self.time = 0.0
 
-    def learn(self, here, g, lr, is_higher):
+    def bet_anew(self, scale):
+        self.m, self.v, self.r = np.zeros((3, len(self.beta)))
+        self.s = np.full(len(self.beta), scale / len(self.beta))
+        self.peak, self.farthest, self.path, self.time = scale, 0.0, 0.0, 1.0
+
+    def least(self):
+        return self.reach / (3 * np.sqrt(40 + self.rest) * max(self.speed, self.stride / 10) * self.highest)
+
+    def learn(self, here, g, lr):
         x, reference = (flat([values[i] for i in here]) for values in (self.x, self.reference))
         self.longest = max(self.longest, norm(x))
         self.held = max(norm(g), 0.9 * self.held)
         length = min(1.0, 3 * self.usual / self.held)
-        moves = is_higher or lr < (1 - 1e-6) * self.highest
         self.usual = max(0.99 * self.usual, min(norm(g), 2 * self.usual))
-        way, wanted = x - reference, lr * self.s.sum()
-        if not self.is_found and way @ g < 0 and self.s.sum() >= (1 - 1e-6) * self.peak:
-            wanted = max(wanted, self.loudest)
-        if self.ceiling == np.inf:
+        is_higher, highest = lr > self.highest, max(self.highest, lr)
+        moves = is_higher or lr < (1 - 1e-6) * self.highest
+        way = x - reference
+        self.farthest = max(self.farthest, min(norm(way), self.path))
+        if not self.is_found and lr > 0:
+            wanted, now = lr * self.s.sum(), self.s.sum()
+            if way @ g < 0 and now >= (1 - 1e-6) * self.peak:
+                wanted = max(wanted, self.loudest)
             wanted = min(wanted, (2 if is_higher else 1) * self.loudest)
-        if lr > 0:
-            change = wanted / (lr * self.s.sum())
+            change = wanted / (lr * now)
             self.r, self.s, self.peak = change * self.r, change * self.s, change * self.peak
-        scale = self.s.sum()
-        decay = self.s_decay * self.pace * self.highest / self.longest
-        h = length * (way @ g / scale + decay * norm(g) * (way @ x) / norm(x))
+        if not self.is_found:
+            self.start *= self.highest / highest
+        self.highest = highest
+        decay = self.unit * self.s_decay * self.pace * highest / self.longest
+        h = length * (way @ g / self.s.sum() + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
         gain = -self.s * h
         r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & moves, gain / 2, gain))
-        s = (self.least / self.highest / len(self.s) * m + r) / np.sqrt(v) if v.all() else self.s
-        w = lr / self.highest if self.is_found else float(lr > 0)
+        s_init = 1.0 if self.is_found else self.start
+        s = (s_init / len(self.s) * m + r) / np.sqrt(v) if v.all() else self.s
+        w = lr / highest if self.is_found else float(lr > 0)
         self.m, self.v, self.r, self.s = (
             (1 - w) * old + w * new for old, new in zip((self.m, self.v, self.r, self.s), (m, v, r, s), strict=True)
         )
-        if lr * self.s.sum() > self.ceiling:
-            self.capped += 1
-            self.ceiling *= 1 + w / max(1.0, self.time)
-            factor = min(1.0, self.ceiling / (lr * self.s.sum()))
-            self.r, self.s = factor * self.r, factor * self.s
-        now = self.s.sum()
-        self.loudest = max(self.loudest, lr * now)
-        self.is_found |= now < 0.75 * self.peak
-        runs_away = self.lost > 0 and way @ g > 10 * self.lost and now * self.highest <= self.least * (1 + 1e-6)
-        if now < 0.1 * self.peak or runs_away:
-            self.renewed.append(now / self.peak)
-            self.lost = max(0.0, way @ g)
-            self.peak = (0.3 if moves else 0.2) * self.peak
-            self.ceiling, self.loudest = min(self.ceiling, self.loudest / 2), 0.0
-            self.m, self.v, self.r = np.zeros((3, len(self.s)))
-            self.s = np.full(len(self.s), self.peak / len(self.s))
-            self.least, self.time, self.is_found = self.peak * self.highest, 1 + w, True
-            return length
-        self.peak = max(self.peak, now)
         if self.is_found:
-            self.time = max(1.0, self.time) + w
-            k = 0.3 if moves else 1.0
+            self.rest += w**8
+            self.unit = self.least()
+            self.s *= max(1.0, 1 / self.s.sum())
+        if self.s.sum() < 0.75 * self.peak and (not self.is_found or self.peak > 4):
+            self.ends += 1
+            if not self.is_found:
+                self.highest = lr
+            reach = max(self.reach, self.farthest)
+            self.rest *= (self.reach / reach) ** 2
+            self.reach, self.is_found = reach, True
+            self.unit = self.least()
+            self.bet_anew(1.0)
+        else:
+            self.peak = max(self.peak, self.s.sum())
+            self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
+            self.time += w * self.is_found
+            if self.is_found and self.s.sum() <= 1 + 1e-6:
+                self.peak, self.farthest, self.path = self.s.sum(), 0.0, 0.0
+        if self.is_found:
             for i in here:
-                self.reference[i] = self.reference[i] + w * k / (self.time + k + 7) * (self.x[i] - self.reference[i])
+                self.reference[i] = self.reference[i] + w * 0.3 / (self.time + 0.3 + 7) * (
+                    self.x[i] - self.reference[i]
+                )
         return length
 
 

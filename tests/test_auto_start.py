@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import oracle
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import assert_identical, compensation_of, lr_factors, reference_of
+from helpers import assert_identical, compensation_of, lr_factors, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import MEMORY_POWERS, Memory
 from mechanic_pytorch.telemetry import read_out
@@ -43,7 +43,7 @@ WARM_UP["jump"] = lambda t: 1e-3 if t < 5 else 1.0
 
 @pytest.mark.parametrize("begins", ["at random", "near zero"])
 @pytest.mark.parametrize("schedule", WARM_UP)
-@pytest.mark.parametrize("name", ["SGD", "momentum", "AdamW"])
+@pytest.mark.parametrize("name", BASES)
 def test_auto_equals_its_oracle_whatever_the_schedule(name, schedule, begins):
     lr, steps = 1e-3, 200
     start, gradients = noisy_quadratic(0)
@@ -56,7 +56,7 @@ def test_auto_equals_its_oracle_whatever_the_schedule(name, schedule, begins):
         "SGD": lambda lr: oracle.sgd(lr),
         "momentum": lambda lr: oracle.sgd(lr, 0.9, 1e-3),
         "AdamW": lambda lr: oracle.adamw(lr, weight_decay=0.1),
-    }[name](1.0)  # all these rules are proportional to lr
+    }[name.removesuffix("_fused")](1.0)  # all these rules are proportional to lr
     theirs = oracle.AutoOracle(start, lambda x, g: [now["lr"] * u for u in rule(x, g)])
     for t in range(steps):
         now["lr"] = ours.param_groups[0]["lr"] = lr * WARM_UP[schedule](t)
@@ -71,30 +71,25 @@ def test_auto_equals_its_oracle_whatever_the_schedule(name, schedule, begins):
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_a_scale_that_was_wrong_is_learned_anew(name):
-    """The gradient turns round at step 60, and back: what was bet on is over. One gradient is too long.
-
-    From step 120 on it is always the same, for which the scale would grow without end, but for the ceiling. With SGD,
-    the long gradient makes the weights run away from what the first fall has left, so that the scale falls again.
-    """
+def test_a_later_search_that_goes_farther(name):
+    """One gradient is too long. From step 60 on it is always the same, and from step 80 on the opposite."""
     start, gradients = noisy_quadratic(0)
     params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
     ours = auto(name, params)
     rule = oracle.sgd(1.0) if name == "SGD" else oracle.adamw(1.0, weight_decay=0.1)
     theirs = oracle.AutoOracle(start, rule)
-    for t in range(500):
-        factor = -1.0 if 60 <= t < 80 else 20.0 if t == 90 else 1.0
+
+    def changed(g, t):
+        return (20.0 if t == 40 else 1.0) * g if t < 60 else np.full_like(g, 1.0 if t < 80 else -1.0)
+
+    for t in range(110):
         for p, g in zip(params, gradients([p.detach().numpy() for p in params], t % 60), strict=True):
-            p.grad = torch.tensor(factor * g if t < 120 else np.ones_like(g))
+            p.grad = torch.tensor(changed(g, t))
         ours.step()
-        theirs.step([factor * g if t < 120 else np.ones_like(g) for g in gradients(theirs.x, t % 60)], 1.0)
-    assert theirs.renewed[0] < 0.1
-    if name == "SGD":
-        assert theirs.renewed[1] > 0.1
-    else:
-        assert theirs.capped
+        theirs.step([changed(g, t) for g in gradients(theirs.x, t % 60)], 1.0)
+    assert theirs.ends > 1
     for p, x in zip(params, theirs.x, strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-7, atol=1e-7 * np.abs(x).max())
+        np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -157,7 +152,7 @@ def test_newcomers_begin_anew_in_their_group_alone(dtype):
         others.append([other, *(value for key, value in optimizer.param_groups[1].items() if key != "params")])
         lost = compensation_of(optimizer, first)
         here = first.detach().float() + (0.0 if lost is None else lost)
-        assert torch.equal(reference_of(optimizer, first), here) == comes
+        assert torch.equal(stored_of(optimizer, first), here) == comes
         assert (optimizer.scale[0] < 0.01 * before) == comes
     assert_identical(*others)
 
@@ -366,7 +361,7 @@ def test_a_checkpoint_of_other_rules_is_refused():
     train(model, ours, 3)
     before, checkpoint = copy.deepcopy(theirs.state_dict()), copy.deepcopy(ours.state_dict())
     checkpoint["param_groups"][0]["mechanic_unit"] = checkpoint["param_groups"][0]["mechanic_unit"][:7]
-    with pytest.raises(ValueError, match=r"must hold 11 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"must hold 15 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
         theirs.load_state_dict(checkpoint)
     assert_identical(theirs.state_dict(), before)
 
@@ -393,8 +388,9 @@ def test_once_begun_auto_costs_no_host_read_and_no_pass_more():
             optimizer.step()
     assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
     small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
-    assert small["measure"] < 160  # operations on a few numbers
-    assert counts["auto"].count["dot"] == counts[1e-8].count["dot"]
+    assert small["measure"] < 220  # operations on a few numbers
+    # And in the passes that are made anyway, of the two blocks here: |D|^2 while measuring, |u|^2 while moving.
+    assert counts["auto"].count["dot"] - counts[1e-8].count["dot"] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

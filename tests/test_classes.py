@@ -14,7 +14,7 @@ import torch
 
 import mechanic_pytorch
 import mechanic_pytorch.optim
-from helpers import delta_of
+from helpers import stored_of
 from mechanic_pytorch import Mechanic, is_mechanized, mechanize
 from problems import loss_of, mlp, train
 
@@ -44,7 +44,7 @@ def test_the_code_of_the_first_readme_runs_unchanged():
     train(model, optimizer, 2)
     assert set(mechanic_pytorch.__all__) == {"Mechanic", "is_mechanized", "mechanize", "optim", "patched"}
     names = ["Base", "s_decay", "betas", "s_init", "eps", "store_delta", "log_func", "log_every"]
-    defaults = [0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), 1e-8, 1e-8, False, None, 0]
+    defaults = [0.01, (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), "auto", 1e-8, False, None, 0]
     parameters = list(signature(mechanize).parameters.values())
     assert [p.name for p in parameters[: len(names)]] == names
     assert [p.default for p in parameters[1 : len(names)]] == defaults
@@ -169,7 +169,7 @@ def test_effective_lr_is_the_lr_of_an_equal_plain_step():
     assert isinstance(lrs[0], float)
     q = p.detach().clone().requires_grad_()
     p.grad = q.grad = torch.full_like(p, 1e-3)
-    delta, scale = delta_of(optimizer, p).clone(), optimizer.scale
+    delta, scale = stored_of(optimizer, p).clone(), optimizer.scale
     optimizer.step()
     torch.optim.SGD([q], lr=lrs[0]).step()
     torch.testing.assert_close(p - (optimizer.scale - scale) * (delta - 0.5e-3), q, rtol=1e-12, atol=0)

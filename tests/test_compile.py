@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import Graphs, assert_identical, count_a_skipped_step, delta_of, reference_of
+from helpers import Graphs, assert_identical, count_a_skipped_step, stored_of
 from mechanic_pytorch import mechanize, patched
 from problems import loss_of, mlp
 
@@ -50,7 +50,6 @@ def model_and_optimizer(name, dtype=torch.float32, **mechanic_options):
 def assert_same_run(model, optimizer, twin, other, **tolerance):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, **tolerance)
-        stored_of = reference_of if optimizer.mechanic_config.s_init == "auto" else delta_of
         torch.testing.assert_close(stored_of(optimizer, p), stored_of(other, q), **tolerance)
     torch.testing.assert_close(optimizer.scale, other.scale, **tolerance)
 
@@ -97,19 +96,23 @@ def test_what_a_skipped_step_adds_to_the_state_is_zero():
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)], ids=["float", "tensor"])
-@pytest.mark.parametrize("name", BASES)
-def test_a_step_is_one_graph_without_a_break(name, lr):
+@pytest.mark.parametrize(
+    ("name", "s_init"), [*((name, "auto") for name in BASES), ("SGD", 1e-8), ("AdamW_fused", 1e-8)]
+)
+def test_a_step_is_one_graph_without_a_break(name, s_init, lr):
+    """From the second step on, and with "auto" from the third: the second reads the first scale."""
+    first = 2 if s_init == "auto" else 1
     base, options = BASES[name]
     if isinstance(lr, torch.Tensor) and options.get("foreach"):
         options = {**options, "foreach": False}  # torch wants capturable=True for that, and a GPU for capturable
-    model = mlp(torch.float32)
-    optimizer = mechanize(base)(model.parameters(), lr=lr, **options)
+    model, lr = mlp(torch.float32), copy.deepcopy(lr)  # it is written into
+    optimizer = mechanize(base, s_init=s_init)(model.parameters(), lr=lr, **options)
     graphs = Graphs()
     step = torch.compile(optimizer.step, backend=graphs, fullgraph=True)
-    for t in range(8):
+    for t in range(first + 7):
         optimizer.zero_grad()
         loss_of(model, t).backward()
-        (step if t > 0 else optimizer.step)()
+        (step if t >= first else optimizer.step)()
         optimizer.param_groups[0]["lr"] *= 0.9
     assert graphs.runs == 7
     assert graphs.compiled == (1 if isinstance(lr, torch.Tensor) else 2), "a float is taken for a constant once"
@@ -125,7 +128,7 @@ def test_no_graph_break_once_a_gpu_is_in_use(name, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
-    test_a_step_is_one_graph_without_a_break(name, 1.0)
+    test_a_step_is_one_graph_without_a_break(name, "auto", 1.0)
 
 
 @pytest.mark.parametrize("name", ["SGD_momentum", "AdamW_fused"])

@@ -15,7 +15,7 @@ import oracle
 from bases import CASES
 from benchmarks.counting import Operations, transient_bytes
 from device import DEVICE
-from helpers import Graphs, assert_identical, count_a_skipped_step, delta_of
+from helpers import PUBLISHED, Graphs, assert_identical, count_a_skipped_step, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import bounded
 from mechanic_pytorch._config import TunerState
@@ -50,7 +50,7 @@ def plain_twin(model, optimizer, name):
 
 def tuner(optimizer):
     """Return what the tuner and its sums are, without counters."""
-    now, sums = read_out(optimizer), [delta_of(optimizer, p) for p in optimizer.state]
+    now, sums = read_out(optimizer), [stored_of(optimizer, p) for p in optimizer.state]
     return copy.deepcopy([now.max_product, now.sum_squared_products, now.reward, now.scales, sums])
 
 
@@ -127,7 +127,7 @@ def test_a_scale_of_zero_or_a_group_without_lr_cannot_be_frozen():
         optimizer.freeze_scale()
 
 
-@pytest.mark.parametrize("name", ["SGD_fused", "AdamW", "AdamW_bfloat16"])
+@pytest.mark.parametrize("name", ["SGD_fused", "AdamW", "AdamW_bfloat16", "AdamW_bfloat16_published"])
 def test_to_freeze_and_unfreeze_at_once_changes_nothing(name):
     (model, optimizer), (twin, other) = frozen(name), CASES[name].build()
     optimizer.freeze_scale()  # twice is once
@@ -140,14 +140,14 @@ def test_to_freeze_and_unfreeze_at_once_changes_nothing(name):
 @pytest.mark.parametrize("name", ["SGD_fused", "AdamW_float64"])
 def test_no_weight_jumps_when_it_is_unfrozen(name):
     """The first step is scale * update, and the change of the scale times the sum of updates from before."""
-    model, optimizer = frozen(name)
+    model, optimizer = frozen(name, **PUBLISHED)
     losses = train(model, optimizer, 100, first=STEPS)
     optimizer.unfreeze_scale()
     before = [p.detach().clone() for p in model.parameters()]
-    sums, scale = [delta_of(optimizer, p).clone() for p in model.parameters()], optimizer.scale
+    sums, scale = [stored_of(optimizer, p).clone() for p in model.parameters()], optimizer.scale
     train(model, optimizer, 1, first=STEPS)
     for p, x, old in zip(model.parameters(), before, sums, strict=True):
-        expected = x + optimizer.scale * delta_of(optimizer, p) - scale * old
+        expected = x + optimizer.scale * stored_of(optimizer, p) - scale * old
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)  # some roundings of numbers near 1
     assert max(train(model, optimizer, 20, first=STEPS + 80)) <= max(losses[-20:])  # the same batches
 

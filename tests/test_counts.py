@@ -7,6 +7,7 @@ from bases import CASES
 from benchmarks.counting import Operations, state_bytes, transient_bytes
 from device import DEVICE
 from mechanic_pytorch import kernels, mechanize
+from mechanic_pytorch._auto import Memory
 from problems import large_params, loss_of, mlp
 
 
@@ -29,12 +30,14 @@ def plain(name):
     return model, case.base(model.parameters(), lr=0.01, **case.options)
 
 
-@pytest.mark.parametrize("name", ["SGD_fused", "AdamW_fused", "Adagrad_fused"])
+@pytest.mark.parametrize("name", ["SGD_fused", "SGD_fused_published", "AdamW_fused", "Adagrad_fused"])
 def test_no_host_read_with_a_base_that_takes_found_inf(name):
     assert reads_per_step(CASES[name].build) == [0] * 5
 
 
-@pytest.mark.parametrize("name", ["SGD", "SGD_momentum", "AdamW", "AdamW_bfloat16", "Muon", "RMSprop"])
+@pytest.mark.parametrize(
+    "name", ["SGD", "SGD_momentum", "AdamW", "AdamW_published", "AdamW_bfloat16", "Muon", "RMSprop"]
+)
 def test_one_host_read_more_than_the_base_and_none_when_turned_off(name):
     base = reads_per_step(lambda: plain(name))
     assert reads_per_step(CASES[name].build) == [reads + 1 for reads in base]
@@ -61,22 +64,26 @@ def test_the_host_reads_of_the_first_step_are_few():
     assert operations.host_reads <= 3 + 2 * len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
 @pytest.mark.parametrize("store_delta", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "bytes_per_weight"),
     [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 6), (torch.float16, 6)],
     ids=str,
 )
-def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta):
+def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta, s_init):
     """One float32 (float64) number per weight; below 32 bits also a compensation of two bytes."""
     model = mlp(dtype)
-    optimizer = mechanize(torch.optim.SGD, store_delta=store_delta)(model.parameters(), lr=1.0)
+    optimizer = mechanize(torch.optim.SGD, store_delta=store_delta, s_init=s_init)(model.parameters(), lr=1.0)
     loss_of(model, 0).backward()
     optimizer.step()
     tuner = (4 * 6 + 3) * 8 + 2 * 8  # four vectors, three sums, two counters
+    if s_init == "auto":
+        tuner += len(Memory._fields) * 8
     assert state_bytes(optimizer) == tuner + bytes_per_weight * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
 @pytest.mark.parametrize(
     ("base", "options", "dtype"),
     [
@@ -88,9 +95,9 @@ def test_one_slot_per_parameter(dtype, bytes_per_weight, store_delta):
     ],
     ids=["AdamW_fused", "AdamW_fused_bfloat16", "SGD_fused", "SGD", "SGD_bfloat16"],
 )
-def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dtype):
+def test_at_most_one_transient_copy_and_none_with_a_fused_base(base, options, dtype, s_init):
     """Beside what the base takes by itself, and a few blocks."""
-    plain, mechanized = (cls(large_params(dtype), lr=1e-3, **options) for cls in (base, mechanize(base)))
+    plain, mechanized = (cls(large_params(dtype), lr=1e-3, **options) for cls in (base, mechanize(base, s_init=s_init)))
     for _ in range(2):
         plain.step()
         mechanized.step()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import oracle
-from helpers import delta_of
+from helpers import PUBLISHED, stored_of
 from mechanic_pytorch import _auto, mechanize
 from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch.mechanic import tune
@@ -83,7 +83,7 @@ def assert_arrays_close(actual, expected, rtol=1e-11):
 
 def ours(dtype=torch.float64, base=torch.optim.SGD, lr=1.0, base_options=None, **options):
     params = start_params(dtype)
-    return params, mechanize(base, **options)(params, lr=lr, **(base_options or {}))
+    return params, mechanize(base, **{**PUBLISHED, **options})(params, lr=lr, **(base_options or {}))
 
 
 def tuner(optimizer):
@@ -91,7 +91,7 @@ def tuner(optimizer):
 
 
 def deltas(params, optimizer):
-    return arrays(delta_of(optimizer, p) for p in params)
+    return arrays(stored_of(optimizer, p) for p in params)
 
 
 class Old:
@@ -290,7 +290,7 @@ def test_first_scale_is_zero_and_the_second_is_s_init(s_init):
 @pytest.mark.parametrize("loss_weight", [1.0, 0.25])
 def test_what_a_loss_counts(loss_weight):
     """A gain of 3, then a loss of 2: Algorithm 1 takes all of it back, a weight of 0.25 a quarter of it."""
-    assert (Config().tune_params.loss_weight, _auto.LOSS_WEIGHT_MOVING) == (1.0, 0.5)
+    assert (Config(**PUBLISHED).tune_params.loss_weight, _auto.LOSS_WEIGHT_MOVING) == (1.0, 0.5)
     numbers = TuneParams((1.0,), s_decay=0.0, s_init=1e-8, eps=0.0, loss_weight=loss_weight)
     state = TunerState(*torch.tensor([[1.0], [1.0], [0.0], [1.0]]))  # a scale of 1
     state = tune(state, torch.tensor([-3.0, 0.0, 1.0, 1.0]), numbers)
@@ -395,11 +395,13 @@ def test_eps_zero_starts():
     assert all(np.isnan(u).all() for u in updates)
 
 
-def test_defaults_are_those_of_0_0_1():
+def test_defaults_are_those_of_0_0_1_but_for_the_start():
     """Names, order and values; what is new comes after them and by keyword only."""
+    assert inspect.signature(mechanize).parameters["s_init"].default == "auto"
     new = inspect.signature(mechanize).parameters.values()
     old = inspect.signature(Old().module.mechanize).parameters.values()
-    assert [(p.name, p.default) for p in new if p.kind is not p.KEYWORD_ONLY] == [(p.name, p.default) for p in old]
+    defaults = {p.name: p.default for p in new if p.kind is not p.KEYWORD_ONLY} | PUBLISHED
+    assert [*defaults.items()] == [(p.name, p.default) for p in old]
     theirs = inspect.signature(optax.contrib.mechanize).parameters
     defaults = {name: theirs[name].default for name in ("weight_decay", "eps", "s_init", "num_betas")}
     assert defaults == {"weight_decay": 1e-2, "eps": 1e-8, "s_init": 1e-6, "num_betas": 6}
@@ -719,7 +721,7 @@ def test_checkpoint_carries_the_tuner():
     params, optimizer = ours()
     steps(params, optimizer, 30)
     copies = [p.detach().clone().requires_grad_() for p in params]
-    resumed = mechanize(torch.optim.SGD)(copies, lr=1.0)
+    resumed = mechanize(torch.optim.SGD, **PUBLISHED)(copies, lr=1.0)
     resumed.load_state_dict(optimizer.state_dict())
     steps(params, optimizer, 20)
     steps(copies, resumed, 20)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations, prune
 
-from helpers import delta_of
+from helpers import stored_of
 from mechanic_pytorch import mechanize
 from problems import full_loss, loss_of, mlp, train
 
@@ -20,11 +20,11 @@ def test_one_further_step_starts_from_the_edited_weights(dtype, store_delta):
             p.uniform_(-0.1, 0.1)
         model[0].weight[:, ::2] = 0.0
     edited = [p.detach().clone() for p in model.parameters()]
-    old_delta = [delta_of(optimizer, p).clone() for p in model.parameters()]
+    old_delta = [stored_of(optimizer, p).clone() for p in model.parameters()]
     old_scale = optimizer.scale
     train(model, optimizer, 1, first=20)
     for p, start, old in zip(model.parameters(), edited, old_delta, strict=True):
-        new = optimizer.scale.double() * delta_of(optimizer, p).double()
+        new = optimizer.scale.double() * stored_of(optimizer, p).double()
         move = new - old_scale.double() * old.double()
         expected = start.double() + move
         # bfloat16: two thirds of a spacing that the compensation may still hold of the old weight, and rounding.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import assert_identical, count_a_skipped_step, delta_of
+from helpers import assert_identical, count_a_skipped_step, stored_of
 from mechanic_pytorch import kernels, mechanize
 
 SHAPES = [(7,), (), (33, 17), (0, 3), (70_001,), (2, 600_001), (64, 300), (3,)]  # packs, one block, several blocks
@@ -129,10 +129,10 @@ def test_updates_too_small_for_the_weights_are_not_lost(name):
         optimizer = mechanize(base, s_init=1e-30)(params, lr=1.0, fused=True, **options)
         train_on_noise(params, optimizer, 1)  # the base makes its first step by itself
         for p in params:
-            delta_of(optimizer, p).zero_()
+            stored_of(optimizer, p).zero_()
         optimizer.param_groups[0]["lr"] = lr
         train_on_noise(params, optimizer, 3, first=1)
-        deltas.append([delta_of(optimizer, p) / lr for p in params])
+        deltas.append([stored_of(optimizer, p) / lr for p in params])
     torch.testing.assert_close(*deltas, **CLOSE[torch.float32])
 
 
@@ -158,7 +158,7 @@ def test_any_cut_into_blocks_is_the_same(sizes, small, more):
         optimizer = mechanize(torch.optim.AdamW, s_init=1e-3)(params, lr=1.0, fused=True)
         with mock.patch.multiple(kernels.blocks, BLOCK=block, PACK=block, SMALL=pack, SMALL_STEP=pack, ALIGN=1):
             train_on_noise(params, optimizer, 4)
-        results.append([*params, *(delta_of(optimizer, p) for p in params), optimizer.scale])
+        results.append([*params, *(stored_of(optimizer, p) for p in params), optimizer.scale])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from device import DEVICE
-from helpers import REFERENCE, delta_of
+from helpers import slot_of, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
@@ -39,7 +39,7 @@ def test_a_group_added_mid_run_is_scaled_like_the_others(base):
     assert float(optimizer.scale) == scale > 0
     before = b.detach().clone()
     step(optimizer, 1.0, 1.0)
-    update = delta_of(optimizer, b)
+    update = stored_of(optimizer, b)
     torch.testing.assert_close(b.detach() - before, optimizer.scale * update)
     assert optimizer.effective_lr() == [float(optimizer.scale), 0.5 * float(optimizer.scale)]
 
@@ -60,8 +60,8 @@ def test_weight_decay_per_group_is_kept():
     optimizer = mechanize(torch.optim.SGD, s_init=0.01)(groups, lr=1.0)
     for _ in range(3):
         step(optimizer, 1.0, 1.0)
-    torch.testing.assert_close(delta_of(optimizer, b), torch.full((3,), -3.0, dtype=torch.float64))
-    assert (delta_of(optimizer, a) < -4).all()
+    torch.testing.assert_close(stored_of(optimizer, b), torch.full((3,), -3.0, dtype=torch.float64))
+    assert (stored_of(optimizer, a) < -4).all()
 
 
 def test_a_group_with_learning_rate_zero_stays():
@@ -79,17 +79,17 @@ def test_a_parameter_without_gradient_stays_and_takes_no_part():
     optimizer = mechanize(torch.optim.SGD, s_decay=0.5, s_init=0.1)([a, b], lr=1.0)
     for _ in range(4):
         step(optimizer, 1.0, 1.0)
-    before, delta = b.detach().clone(), delta_of(optimizer, b).clone()
+    before, delta = b.detach().clone(), stored_of(optimizer, b).clone()
     a.grad, b.grad = torch.ones_like(a), None
     with torch.no_grad():
-        delta_a, scale = delta_of(optimizer, a), optimizer.scale
+        delta_a, scale = stored_of(optimizer, a), optimizer.scale
         h = (delta_a * (a.grad + 0.5 * scale * a.grad.norm() * a / a.norm())).sum()
     v = np.array(read_out(optimizer).sum_squared_products)
     optimizer.step()
     beta = np.array(optimizer.mechanic_config.betas)
     np.testing.assert_allclose(read_out(optimizer).sum_squared_products, beta**2 * v + h.item() ** 2, rtol=1e-7)
     assert torch.equal(b.detach(), before)
-    assert torch.equal(delta_of(optimizer, b), delta)
+    assert torch.equal(stored_of(optimizer, b), delta)
 
 
 def test_a_parameter_that_paused_goes_on_from_where_it_is():
@@ -100,7 +100,7 @@ def test_a_parameter_that_paused_goes_on_from_where_it_is():
         step(optimizer, 1.0, 1.0)
     for _ in range(10):
         step(optimizer, 1.0, None)
-    old_scale, before, delta = float(optimizer.scale), b.detach().clone(), delta_of(optimizer, b).clone()
+    old_scale, before, delta = float(optimizer.scale), b.detach().clone(), stored_of(optimizer, b).clone()
     step(optimizer, 1.0, 1.0)
     new_scale = float(optimizer.scale)
     torch.testing.assert_close(b.detach(), before + new_scale * (delta - 1.0) - old_scale * delta)
@@ -231,7 +231,7 @@ def test_a_parameter_listed_twice_is_counted_once():
         for _ in range(5):
             a.grad = torch.ones_like(a)
             optimizer.step()
-        runs.append((a, delta_of(optimizer, a), optimizer.scale))
+        runs.append((a, stored_of(optimizer, a), optimizer.scale))
     for twice, once in zip(*runs, strict=True):
         torch.testing.assert_close(twice, once)
 
@@ -358,7 +358,7 @@ def test_points_of_another_shape_are_no_newcomers():
         for key, value in optimizer.state.pop(weight).items()
     }
     optimizer.state[bigger] = {key: value for key, value in grown.items() if not key.startswith("mechanic_")}
-    optimizer.state[bigger][REFERENCE] = weight.detach().clone()
+    optimizer.state[bigger][slot_of(optimizer)] = weight.detach().clone()
     optimizer.param_groups[0]["params"][0] = weight = bigger
     with pytest.warns(UserWarning, match="the scale is kept"):
         step(20.0)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from helpers import assert_identical, delta_of, reference_of
+from helpers import assert_identical, stored_of
 from mechanic_pytorch import _buckets, _fused, kernels, mechanic, mechanize
 from mechanic_pytorch._tuner import Tuner
 from mechanic_pytorch.telemetry import read_out
@@ -153,7 +153,7 @@ def test_the_way_of_a_resting_parameter_is_put_back_too(monkeypatch):
     scale = float(optimizer.scale)
     optimizer.step()
     assert float(optimizer.scale) < 0.1 * scale, "it begins again"
-    assert torch.equal(reference_of(optimizer, first), first.detach())
+    assert torch.equal(stored_of(optimizer, first), first.detach())
 
 
 def test_a_warning_that_is_made_an_error_comes_after_the_step():
@@ -166,6 +166,6 @@ def test_a_warning_that_is_made_an_error_comes_after_the_step():
         with pytest.raises(UserWarning, match="lost in rounding"):
             optimizer.step()
         assert read_out(optimizer).steps == 1
-        assert delta_of(optimizer, p).count_nonzero() == 5
+        assert stored_of(optimizer, p).count_nonzero() == 5
         optimizer.step()
     assert read_out(optimizer).steps == 2

@@ -69,10 +69,13 @@ def test_move_equals_the_reference(kernel, dtype, follow):
         params, before, _, deltas, compensations = problem(dtype)
         copies = [b.clone() for b in before]
         numbers = (0.3, 0.5) if follow is None else (0.3, 0.5, follow)
-        each.move(params, before, deltas, compensations, scales(dtype, *numbers))
+        squared = each.move(params, before, deltas, compensations, scales(dtype, *numbers))
+        assert (squared is None) == (follow is None)
         assert all(torch.equal(b, c) for b, c in zip(before, copies, strict=True)), "`before` must not change"
-        results.append((params, deltas, compensations))
-    (params, deltas, compensations), (ref_params, ref_deltas, ref_compensations) = results
+        results.append((params, deltas, compensations, squared))
+    (params, deltas, compensations, squared), (ref_params, ref_deltas, ref_compensations, ref_squared) = results
+    if follow is not None:
+        torch.testing.assert_close(squared, ref_squared, rtol=1e-5, atol=0.0)
     assert_all_close(deltas, ref_deltas, dtype)
     if compensations is None:
         assert_all_close(params, ref_params, dtype)
@@ -120,13 +123,15 @@ def test_move_is_the_formula_of_the_paper(kernel, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_plain_step_is_that_of_the_base_scaled(kernel, dtype):
-    """And what is kept goes a part of the way to where the weights were."""
+    """And what is kept goes a part of the way to where the weights were. The update's square is returned."""
     params, before, _, references, _ = problem(dtype)
     numbers = scales(dtype, 7.0, 0.5, 0.3)
     steps = [b.double() + 0.5 * (x.double() - b.double()) for x, b in zip(params, before, strict=True)]
     follow = numbers.follow.double()
     nearer = [r.double() + follow * (b.double() - r.double()) for r, b in zip(references, before, strict=True)]
-    kernel.move(params, before, references, None, numbers)
+    expected = sum((x.double() - b.double()).square().sum() for x, b in zip(params, before, strict=True))
+    squared = kernel.move(params, before, references, None, numbers)
+    torch.testing.assert_close(squared.double(), expected, rtol=1e-5, atol=0.0)
     assert_all_close([p.double() for p in params], steps, dtype)
     assert_all_close([r.double() for r in references], nearer, dtype)
 
@@ -144,6 +149,7 @@ def test_plain_sums_are_of_the_way_gone(kernel, dtype):
     assert all(map(torch.equal, [*references, *copies], [*saved, *params]))
     expected = for_loop.measure([x.double() for x in params], [g.double() for g in grads], ways)
     atol = TOLERANCE[dtype]["atol"] * (expected[2:].sqrt().prod().item() + expected[3].item())
+    expected = torch.cat([expected, sum(way.square().sum() for way in ways).reshape(1)])
     torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype]["rtol"], atol=atol)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import oracle
 from benchmarks.counting import Operations
 from device import DEVICE
-from helpers import as_added_up, assert_identical, delta_of, lr_factors, row_of
+from helpers import PUBLISHED, as_added_up, assert_identical, lr_factors, row_of, stored_of
 from mechanic_pytorch import mechanize, patched
 from mechanic_pytorch._tuner import LR_FACTOR, SCALES
 from mechanic_pytorch.telemetry import Trace, read_out
@@ -167,7 +167,7 @@ def test_each_group_equals_the_oracle_of_its_own_sums(s_decay):
     for group, one, *ours in zip(optimizer.param_groups, theirs, *vectors, strict=True):
         for p, x, delta in zip(group["params"], one.x, one.delta, strict=True):
             np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9)
-            np.testing.assert_allclose(delta_of(optimizer, p).numpy(), delta, rtol=1e-9)
+            np.testing.assert_allclose(stored_of(optimizer, p).numpy(), delta, rtol=1e-9)
         for actual, vector in zip(ours, (one.m, one.v, one.r, one.s), strict=True):
             np.testing.assert_allclose(actual, vector, rtol=1e-9, atol=1e-9 * vector.max())
 
@@ -257,7 +257,7 @@ def test_reset_forgets_all_groups():
     train(model, optimizer, 10)
     optimizer.reset()
     assert optimizer.scale.tolist() == [0.0, 0.0]
-    assert all(delta_of(optimizer, p) is None for p in model.parameters())
+    assert all(stored_of(optimizer, p) is None for p in model.parameters())
     train(model, optimizer, 10, first=10)
     assert min(optimizer.scale.tolist()) > 0
 
@@ -269,7 +269,7 @@ def test_it_moves_with_the_parameters_to_another_dtype():
     model.double()
     train(model, optimizer, 5, first=5)
     assert optimizer.scale.dtype == torch.float64
-    assert {delta_of(optimizer, p).dtype for p in model.parameters()} == {torch.float64}
+    assert {stored_of(optimizer, p).dtype for p in model.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -452,12 +452,16 @@ def test_read_outs_traces_and_logs_have_a_row_per_group(caplog):
     assert caplog.messages[-1] == "iter_count=2 s=" + " ".join(f"{s:.6e}" for s in optimizer.scale.tolist())
 
 
-@pytest.mark.parametrize("idle", ["without gradient", "at lr 0", "noise"])
-def test_a_group_that_does_not_start_is_warned_of_unless_it_is_meant_to_stay(idle, recwarn):
+@pytest.mark.parametrize(
+    ("idle", "options"),
+    [(idle, options) for idle in ("without gradient", "at lr 0") for options in ({}, PUBLISHED)]
+    + [("noise", PUBLISHED)],  # in which "auto" starts
+)
+def test_a_group_that_does_not_start_is_warned_of_unless_it_is_meant_to_stay(idle, options, recwarn):
     torch.manual_seed(0)
     a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     groups = [{"params": [a]}, {"params": [b], "lr": 0.0 if idle == "at lr 0" else 1.0}]
-    optimizer = mechanize(torch.optim.SGD, per_group=True)(groups, lr=1.0)
+    optimizer = mechanize(torch.optim.SGD, per_group=True, **options)(groups, lr=1.0)
     for _ in range(500):
         a.grad = a.detach().clone()
         b.grad = None if idle == "without gradient" else torch.randn(3) * 1e-6

@@ -14,9 +14,10 @@ from hypothesis.strategies import data, integers, sampled_from
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from bases import CASES
-from helpers import DELTA, REFERENCE, assert_identical, compensation_of, delta_of
+from helpers import PUBLISHED, assert_identical, compensation_of, slot_of, stored_of
 from mechanic_pytorch import mechanize
 from mechanic_pytorch._auto import Memory
+from mechanic_pytorch._buckets import REFERENCE
 from mechanic_pytorch.telemetry import read_out
 from problems import full_loss, layers, mlp, train
 
@@ -68,7 +69,7 @@ def test_a_checkpoint_that_lost_its_sums_is_refused(name):
     _, saved = get_state_dict(model, optimizer, options=options)
     model_of_other = case.model()
     other = type(optimizer)(model_of_other.parameters(), lr=1.0, **case.options)
-    with pytest.raises(ValueError, match=r"^MechanizedAdagrad: .* must hold 'mechanic_delta' for each.* Remedy: "):
+    with pytest.raises(ValueError, match=r"^MechanizedAdagrad: .* must hold 'mechanic_reference' for each.* Remedy: "):
         set_state_dict(
             model_of_other,
             other,
@@ -121,18 +122,18 @@ def test_the_dummy_step_of_distributed_checkpoint_leaves_no_trace():
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_sums_survive_loading_into_another_dtype(saved, loaded, tmp_path):
     model = mlp(saved)
-    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    optimizer = mechanize(torch.optim.SGD, **PUBLISHED)(model.parameters(), lr=1.0)
     train(model, optimizer, STEPS)
     torch.save(optimizer.state_dict(), tmp_path / "checkpoint.pt")
 
     twin = mlp(saved).to(loaded)
     twin.load_state_dict(model.state_dict())
-    other = mechanize(torch.optim.SGD)(twin.parameters(), lr=1.0)
+    other = mechanize(torch.optim.SGD, **PUBLISHED)(twin.parameters(), lr=1.0)
     other.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        delta = delta_of(optimizer, p)
+        delta = stored_of(optimizer, p)
         assert delta.dtype == torch.float32
-        assert torch.equal(delta_of(other, q).double(), delta.double())
+        assert torch.equal(stored_of(other, q).double(), delta.double())
     assert read_out(other).scales == read_out(optimizer).scales
     before = full_loss(twin)
     train(twin, other, 150, first=STEPS)
@@ -147,19 +148,19 @@ def test_the_model_may_be_cast_under_a_running_optimizer():
         scale = optimizer.scale
         assert scale > 0
         train(model, optimizer, 40)
-        assert delta_of(optimizer, model[0].weight).dtype == (
+        assert stored_of(optimizer, model[0].weight).dtype == (
             torch.float64 if dtype == torch.float64 else torch.float32
         )
     assert full_loss(model) < 0.5
 
 
-@pytest.mark.parametrize("name", ["SGD_momentum", "AdamW", "AdamW_fused", "Adagrad"])
+@pytest.mark.parametrize("name", ["SGD_momentum", "AdamW", "AdamW_fused", "AdamW_published", "Adagrad"])
 def test_a_plain_checkpoint_starts_the_tuner_afresh(name):
     case = CASES[name]
     model = case.model()
     plain = case.base(model.parameters(), lr=0.01, **case.options)
     train(model, plain, STEPS)
-    optimizer = mechanize(case.base)(model.parameters(), lr=1.0, **case.options)
+    optimizer = mechanize(case.base, **case.mechanic)(model.parameters(), lr=1.0, **case.options)
     train(copy.deepcopy(model), optimizer, 0)
     optimizer.load_state_dict(plain.state_dict())
     assert float(optimizer.scale) == 0
@@ -177,7 +178,7 @@ def test_a_plain_checkpoint_replaces_a_tuner_that_has_learned():
     plain = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer.load_state_dict(plain.state_dict())
     assert float(optimizer.scale) == 0
-    assert delta_of(optimizer, model[0].weight) is None
+    assert stored_of(optimizer, model[0].weight) is None
 
 
 def test_a_mechanized_checkpoint_loads_into_the_plain_base():
@@ -204,6 +205,33 @@ def test_another_number_of_betas_is_refused_and_changes_nothing():
     assert not optimizer._optimizer_load_state_dict_pre_hooks
 
 
+def test_a_checkpoint_of_a_number_is_refused_with_the_calls_that_load_it():
+    """Which number it was saved with, it does not say; nobody who has not chosen one expects a run with another."""
+    model, twin = mlp(), mlp()
+    saved = mechanize(torch.optim.AdamW, s_init=1e-8)(model.parameters(), lr=1.0)
+    train(model, saved, STEPS)
+    twin.load_state_dict(model.state_dict())
+    checkpoint = copy.deepcopy(saved.state_dict())
+    optimizer = mechanize(torch.optim.AdamW)(twin.parameters(), lr=1.0)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"^MechanizedAdamW: .*Got a number in it and 'auto' here\.") as refused:
+        optimizer.load_state_dict(checkpoint)
+    assert_identical(optimizer.state_dict(), before)
+
+    calls = "such as mechanize(AdamW, s_init=1e-8)", 'load_state_dict(..., tuner="fresh")'
+    assert all(call in str(refused.value) for call in calls)
+    optimizer.load_state_dict(checkpoint, tuner="fresh")
+    assert optimizer.scale == 0
+    assert optimizer.state[next(twin.parameters())]["step"] == STEPS
+    optimizer = mechanize(torch.optim.AdamW, s_init=1e-8)(twin.parameters(), lr=1.0)
+    optimizer.load_state_dict(checkpoint)
+    assert train(twin, optimizer, STEPS, first=STEPS) == train(model, saved, STEPS, first=STEPS)
+
+    other = mechanize(torch.optim.AdamW)(mlp().parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=r"Got 'auto' in it and a number here\. .* mechanize\(AdamW\); or keep"):
+        optimizer.load_state_dict(other.state_dict())
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing():
     model, optimizer = CASES["AdamW"].build()
     train(model, optimizer, STEPS)
@@ -224,19 +252,22 @@ def test_two_optimizers_never_share_what_was_loaded():
     assert_identical(other.state_dict(), before)
 
 
-def test_hooks_of_the_user_see_and_change_what_is_loaded():
-    model, optimizer = CASES["AdamW_bfloat16"].build()
+@pytest.mark.parametrize("name", ["AdamW_bfloat16", "AdamW_bfloat16_published"])
+def test_hooks_of_the_user_see_and_change_what_is_loaded(name):
+    case = CASES[name]
+    model, optimizer = case.build()
     train(model, optimizer, STEPS)
 
     def double(optimizer, state_dict):
-        state = {i: {**s, DELTA: 2 * s[DELTA]} for i, s in state_dict["state"].items()}
+        key = slot_of(optimizer)
+        state = {i: {**s, key: 2 * s[key]} for i, s in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
-    twin, other = CASES["AdamW_bfloat16"].build()
+    twin, other = case.build()
     other.register_load_state_dict_pre_hook(double)
     other.load_state_dict(optimizer.state_dict())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(delta_of(other, q), 2 * delta_of(optimizer, p))
+        assert torch.equal(stored_of(other, q), 2 * stored_of(optimizer, p))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "LBFGS"])

@@ -6,7 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from helpers import compensation_of, delta_of
+from helpers import PUBLISHED, compensation_of, stored_of
 from mechanic_pytorch import mechanize
 from problems import IMAGES, LABELS, full_loss, mlp, train
 
@@ -23,17 +23,21 @@ def trained_at(lr, dtype, steps=300, base=torch.optim.AdamW, **options):
     return losses, accuracy(model), full_loss(model)
 
 
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
 @pytest.mark.parametrize("exponent", range(-6, 7))
-def test_learns_in_300_steps_at_any_base_learning_rate(exponent):
-    """Ten classes: 10% by chance. The smaller the base lr, the later it starts, for s_init is an absolute number."""
-    _, acc, _ = trained_at(10.0**exponent, torch.float32)
-    assert acc > (0.95 if exponent >= -2 else 0.5)
+def test_learns_in_300_steps_at_any_base_learning_rate(exponent, s_init):
+    """Ten classes: 10% by chance. With a number, which is absolute, the smaller the base lr, the later it starts."""
+    _, acc, _ = trained_at(10.0**exponent, torch.float32, mechanic_s_init=s_init)
+    assert acc > (0.95 if s_init == "auto" or exponent >= -2 else 0.5)
 
 
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
 @pytest.mark.parametrize("exponent", range(-6, 7))
-def test_float32_makes_the_progress_of_float64(exponent):
+def test_float32_makes_the_progress_of_float64(exponent, s_init):
     """Over the first 60 steps the two losses differ by at most 2% of the progress made so far."""
-    float32, float64 = (trained_at(10.0**exponent, dtype)[0][:60] for dtype in (torch.float32, torch.float64))
+    float32, float64 = (
+        trained_at(10.0**exponent, dtype, mechanic_s_init=s_init)[0][:60] for dtype in (torch.float32, torch.float64)
+    )
     progress = float64[0] - min(float64)
     for a, b in zip(float32, float64, strict=True):
         assert abs(a - b) <= max(0.02 * progress, 1e-5)
@@ -68,7 +72,7 @@ def test_float16_parameters_learn_where_the_plain_base_can(base, options):
 
 def test_warns_once_when_the_update_is_lost_in_rounding():
     model = mlp(torch.bfloat16)
-    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-8)
+    optimizer = mechanize(torch.optim.AdamW, **PUBLISHED)(model.parameters(), lr=1e-8)
     train(model, optimizer, 15)  # a base may need a few steps before it moves anything
     with pytest.warns(
         UserWarning, match=r"^MechanizedAdamW: .* lost in rounding.* Remedy: pass s_init=\"auto\", or a larger lr"
@@ -88,7 +92,7 @@ def test_does_not_warn_when_the_base_moves(lr):
 
 def test_does_not_warn_during_warm_up_from_zero_but_after_it():
     model = mlp(torch.bfloat16)
-    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1e-12)
+    optimizer = mechanize(torch.optim.AdamW, **PUBLISHED)(model.parameters(), lr=1e-12)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 10)
     train(model, optimizer, 16, scheduler=scheduler)
     with pytest.warns(UserWarning, match="lost in rounding"):
@@ -98,7 +102,7 @@ def test_does_not_warn_during_warm_up_from_zero_but_after_it():
 def test_warns_at_once_when_most_of_the_update_is_lost():
     """Some weights are so small that they move; nine out of ten do not."""
     p = torch.full((100,), 1.0).index_fill(0, torch.arange(5), 1e-12).requires_grad_()
-    optimizer = mechanize(torch.optim.SGD)([p], lr=1e-9)
+    optimizer = mechanize(torch.optim.SGD, **PUBLISHED)([p], lr=1e-9)
     p.grad = torch.ones(100)
     with pytest.warns(UserWarning, match="changed only 5 of 100 weights"):
         optimizer.step()
@@ -127,14 +131,15 @@ def test_a_zero_gradient_is_no_reason_to_warn():
     assert optimizer.skipped_steps == 0
 
 
+@pytest.mark.parametrize(("s_init", "slot"), [(1e-8, "mechanic_delta"), ("auto", "mechanic_reference")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_the_tuner_does_not_follow_the_parameters_dtype(dtype):
+def test_the_tuner_does_not_follow_the_parameters_dtype(dtype, s_init, slot):
     model = mlp(dtype)
-    optimizer = mechanize(torch.optim.SGD)(model.parameters(), lr=1.0)
+    optimizer = mechanize(torch.optim.SGD, s_init=s_init)(model.parameters(), lr=1.0)
     train(model, optimizer, 3)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert optimizer.scale.dtype == torch.float64
     for p in model.parameters():
         assert p.dtype == dtype
-        assert delta_of(optimizer, p).dtype == expected
+        assert stored_of(optimizer, p).dtype == expected
         assert (compensation_of(optimizer, p) is not None) == (dtype.itemsize < 4)

@@ -1,6 +1,8 @@
 """Whatever units data, loss and weights have: nothing is lost in rounding, nothing overflows, or it is said."""
 
+import functools
 import warnings
+from statistics import fmean
 
 import pytest
 import torch
@@ -12,26 +14,40 @@ from problems import full_loss, loss_of, mlp, train
 
 AUTO = {"s_init": "auto"}
 SGD = torch.optim.SGD
+ORDERS = (0, 1000, 2000)  # of batches, by the first one
 
 
-def train_scaled(model, optimizer, factor, steps=300):
+def train_scaled(model, optimizer, factor, steps=300, first=0):
     """Train on a loss that is multiplied by a number, and return the loss over all data."""
-    for t in range(steps):
+    for t in range(first, first + steps):
         optimizer.zero_grad()
         (factor * loss_of(model, t)).backward()
         optimizer.step()
     return full_loss(model)
 
 
+@functools.cache
+def plain_losses(dtype):
+    models = [mlp(dtype) for _ in ORDERS]
+    return [
+        train_scaled(model, SGD(model.parameters(), lr=0.1, momentum=0.9), 1.0, first=first)
+        for model, first in zip(models, ORDERS, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e-3, 1e3, 1e12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_loss_in_other_units(dtype, factor):
-    """Updates of SGD shrink and grow with the loss, far below what is added to a weight of 16 bits, or of 32."""
-    model = mlp(dtype)
-    ours = train_scaled(model, mechanize(SGD, **AUTO)(model.parameters(), lr=1.0, momentum=0.9), factor)
-    twin = mlp(dtype)
-    plain = train_scaled(twin, SGD(twin.parameters(), lr=0.1 / factor, momentum=0.9), factor)
-    assert ours < 1.1 * plain
+    """Updates of SGD shrink and grow with the loss, far below what is added to a weight of 16 bits, or of 32.
+
+    One run is half noise: the plain one ends between 0.05 and 0.09.
+    """
+    losses = []
+    for first in ORDERS:
+        model = mlp(dtype)
+        optimizer = mechanize(SGD, **AUTO)(model.parameters(), lr=1.0, momentum=0.9)
+        losses.append(train_scaled(model, optimizer, factor, first=first))
+    assert fmean(losses) < 1.1 * fmean(plain_losses(dtype))
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e2])

@@ -80,7 +80,7 @@ def run(
     def steps() -> Run:
         torch.manual_seed(0)
         model, log = network(dtype), []
-        kind = mechanize(base, **{"log_every": 7, "log_func": log.append, **(mechanic or {})})
+        kind = mechanize(base, **{"s_init": 1e-8, "log_every": 7, "log_func": log.append, **(mechanic or {})})
         params = groups_of(model) if grouped else model.parameters()
         optimizer = kind(params, lr=lr, **options)
         scheduler = schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -214,7 +214,7 @@ def compiled(auto: bool, **options: Any) -> Callable[[], Run]:
 
 
 for start in ("number", "auto"):
-    auto = {"s_init": start} if start == "auto" else {}
+    auto: dict[str, Any] = {"s_init": "auto" if start == "auto" else 1e-8}
     SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
     RUNS |= {
         f"{start}, {name}": each
@@ -249,10 +249,10 @@ for start in ("number", "auto"):
             "LBFGS": run(torch.optim.LBFGS, mechanic=auto, closure=True, max_iter=3, line_search_fn="strong_wolfe"),
             "Rprop": run(torch.optim.Rprop, mechanic=auto, lr=1e-3),
             "betas, eps, s_decay": run(mechanic={**auto, "betas": (0.9, 0.999), "eps": 1e-6, "s_decay": 0.1}),
-            "sparse": sparse(bool(auto)),
-            "complex, maximize": complex_numbers(bool(auto)),
-            "compiled": compiled(bool(auto)),
-            "compiled, per group": compiled(bool(auto), per_group=True),
+            "sparse": sparse(start == "auto"),
+            "complex, maximize": complex_numbers(start == "auto"),
+            "compiled": compiled(start == "auto"),
+            "compiled, per group": compiled(start == "auto", per_group=True),
         }.items()
     }
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.convergence import data, pictures, plan, tables
-from benchmarks.convergence.methods import IF_NAMED, METHODS, Job, execute, matching
+from benchmarks.convergence.methods import METHODS, PER_GROUP, Job, execute, matching
 from benchmarks.convergence.results import Results, key
 from benchmarks.convergence.tasks import PROFILES, TASKS, Task
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, known: Mapping[str, Task] = TAS
     )
     commands = parser.add_subparsers(dest="command", required=True)
     names = (
-        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(IF_NAMED)}\ntasks: {' '.join(known)}\n"
+        f"methods: {' '.join(METHODS)}\nonly if named: {' '.join(PER_GROUP)}\ntasks: {' '.join(known)}\n"
         "Both may be patterns, such as 'linear-*'."
     )
     formatter = argparse.RawDescriptionHelpFormatter
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, known: Mapping[str, Task]) -> int:
     """Run all jobs that have no result, those that follow from results too; return 1 if any failed."""
     results, profile = Results(options.results), options.profile
     tasks = chosen(profile, options.tasks, known)
-    methods = matching((*METHODS, *IF_NAMED), options.methods) if options.methods else METHODS
+    methods = matching((*METHODS, *PER_GROUP), options.methods) if options.methods else METHODS
     seeds = SEEDS[profile] if options.seeds is None else options.seeds
     for task in tasks:
         task.prepare()  # here, so that not all workers download at once

@@ -3,7 +3,7 @@
 A method is a name. `plain@10^-2.5` is a point of the grid, `plain@learned` the plain base at the learning rate that
 `ours-auto` has found, `ours@1e-04` ours at that base learning rate. These run only if they are asked for:
 `ours-auto/head` is ours with a scale for each group of one of the `GROUPINGS`, here for the body and for the last
-layer; `ablation@0.001,0.5` is `ours-auto` with that first step and weight of a loss (`_auto.py`).
+layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import platform
 import time
 import traceback
-import unittest.mock
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch import nn
 
 from benchmarks.convergence.tasks import GROUPINGS, Run, Task
 from benchmarks.start import load_old
-from mechanic_pytorch import _auto, is_mechanized, mechanize
+from mechanic_pytorch import is_mechanized, mechanize
 
 GRID, LEARNED, TEACHER = "grid", "plain@learned", "ours-auto"
 CENTRE = {"Adam": -2, "AdamW": -6, "SGD": -2, "Muon": -3}  # in half decades: 0.1, 0.001, 0.1, 0.03
@@ -45,16 +44,11 @@ FIXED = (
     "schedule-free",
     "adamw@1e-3",
 )
-PAIRS = [(1e-4, 1), (1e-3, 1), (1e-2, 1), (1e-4, 0.5), (1e-3, 0.5), (1e-2, 0.5), (1e-3, 0.7), (1e-3, 0.3)]
-ABLATION = {
-    f"ablation@{first:g},{weight:g}": {"RELATIVE": first, "LOSS_WEIGHT_MOVING": weight} for first, weight in PAIRS
-}
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
-IF_NAMED = (*ABLATION, *PER_GROUP)
 METHODS = (GRID, *FIXED, LEARNED)
 NAMES = {  # for tables that people read
-    TEACHER: 'mechanized, `s_init="auto"`',
-    "ours": "mechanized, defaults",
+    TEACHER: "mechanized",
+    "ours": "mechanized, `s_init=1e-8`",
     "0.0.1": "version 0.0.1",
     "prodigy": "Prodigy",
     "d-adaptation": "D-Adaptation",
@@ -131,13 +125,11 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
         return base(grouped(task, model, lr), lr=lr, **options)
     if method == LEARNED:
         return base(grouped(task, model, lr), lr=lr, **options)
-    if method in ABLATION:
-        return build(TEACHER, task, model, lr, peers)
     name, _, number = method.partition("@")
     family, _, grouping = name.partition("/")
     if family in ("ours", "ours-auto"):
-        start, lr = {"s_init": "auto"} if family == "ours-auto" else {}, float(number or 1)
-        return mechanize(base, per_group=bool(grouping), **start)(grouped(task, model, lr, grouping), lr=lr, **options)
+        kind = mechanize(base, s_init="auto" if family == "ours-auto" else 1e-8, per_group=bool(grouping))
+        return kind(grouped(task, model, lr := float(number or 1), grouping), lr=lr, **options)
     if task.base == "Muon":
         raise ValueError(f"{method} is not for two kinds of groups")
     params = model.parameters()
@@ -223,18 +215,13 @@ def switch(optimizer: Any, mode: str) -> None:
     getattr(optimizer, mode, lambda: None)()
 
 
-def constants(method: str) -> Any:
-    """Return a context in which `_auto.py`, to which none can be passed, has the constants of a method."""
-    return unittest.mock.patch.dict(vars(_auto), ABLATION.get(method, {}))
-
-
 def execute(job: Job, lr: float | None, peers: Path, threads: int) -> dict[str, Any]:
     """Run a job in a worker. Return its line for the results file, which names the error if it has failed."""
     torch.set_num_threads(threads)
     line = {**job.identity, "lr": lr, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     line |= {"python": platform.python_version(), "machine": platform.machine()}
     try:
-        with warnings.catch_warnings(), constants(job.method):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return line | train(job, lr, peers)
     except (Exception, SystemExit) as error:  # benchmarks.start ends the program if there is no 0.0.1

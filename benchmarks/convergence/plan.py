@@ -11,8 +11,8 @@ from benchmarks.convergence.methods import (
     FIXED,
     FURTHEST,
     GRID,
-    IF_NAMED,
     LEARNED,
+    PER_GROUP,
     REACH,
     TEACHER,
     Job,
@@ -98,7 +98,7 @@ def jobs(
             points = grid(CENTRE[task.base], REACH[profile], losses)
             wanted += [(Job(task, grid_name(k), s, profile), None) for k in points for s in seeds]
         wanted += [
-            (Job(task, method, s, profile), None) for method in (*FIXED, *IF_NAMED) if method in methods for s in seeds
+            (Job(task, method, s, profile), None) for method in (*FIXED, *PER_GROUP) if method in methods for s in seeds
         ]
         if LEARNED in methods:
             for seed in seeds:

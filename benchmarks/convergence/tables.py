@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.convergence.compare import TaskResults, apart, geometric, over
-from benchmarks.convergence.methods import ABLATION, FIXED, LEARNED, NAMES, TEACHER
+from benchmarks.convergence.methods import FIXED, LEARNED, NAMES, TEACHER
 from benchmarks.convergence.results import key
 from benchmarks.convergence.tasks import PUBLISHED, TASKS, Task
 from benchmarks.pages import between_marks, markdown_table
@@ -164,15 +164,6 @@ def behind(tables: Sequence[TaskResults]) -> str:
     return markdown_table(["task", "final loss / tuned"], [[name, relative(ratio)] for ratio, name in worst])
 
 
-def constants(tables: Sequence[TaskResults]) -> str:
-    """Return losses for other constants of the start: on every other task to choose by, on the rest to confirm."""
-    names, whole = list(TASKS), [table for table in tables if table.lines.keys() >= ABLATION.keys()]
-    halves = [[table for table in whole if names.index(table.task.name) % 2 == half] for half in (0, 1)]
-    methods = {method: ", ".join(f"{value:g}" for value in values.values()) for method, values in ABLATION.items()}
-    head, rows = compared(methods, dict(zip(("tasks to choose by", "to confirm"), halves, strict=True)))
-    return markdown_table(["first step, weight of a loss", *head], rows) if whole else ""
-
-
 def accuracies(tables: Sequence[TaskResults]) -> str:
     """Return training accuracies beside the published ones."""
     ours = {table.task.published: table for table in tables if table.task.published}
@@ -273,7 +264,6 @@ TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
     "in short": in_short,
     "learned": partial(in_short, method=LEARNED),
     "behind": behind,
-    "constants": constants,
     "accuracies": accuracies,
     "groupings": groupings,
     "part rates": part_rates,

@@ -1,57 +1,67 @@
-r"""`s_init="auto"`: plain steps of the base, at a scale that is learned from the way the weights have really gone.
+r"""`s_init="auto"`, the default: plain steps of the base, at a scale learned from the displacement of the weights.
 
 A step is the base's own, S times as long, and nothing else:
 
     x = x + S * u
 
-S is learned by the bets of Algorithm 1 (`tune`), on D = x - x_ref, the way that the weights have really gone: with
-delta = D / S. x_ref is stored, not delta, so whatever is done to the weights between two steps is in D. This file is
-what happens before `tune` (`bet`) and after it (`settle`): eight rules that replace the constants of Algorithm 1. They
-are pure functions of numbers, one for each tuner. docs/safety.md gives the reasons, docs/design-notes.md what the
-constants were chosen on.
+S is learned by the bets of Algorithm 1 (`tune`) on D = x - x_ref, the displacement of the weights, with delta = D / S.
+x_ref is stored, not delta, so D contains whatever is done to the weights between two steps. This file has what happens
+before `tune` (`bet`) and after it (`settle`): nine rules that replace the constants of Algorithm 1. They are pure
+functions of numbers, one for each tuner. docs/safety.md gives the reasons, and docs/design-notes.md says on which tasks
+the constants were chosen.
 
 **Start** (`first_scale`). |u| is the length of the first update and |x| that of the weights then, 1 if they are all 0.
 The first step already moves the weights by `RELATIVE` of their length: s_init = RELATIVE * |x| / |u|. s_decay is
-counted in |u| / (the longest |x| so far), and eps is 0. Multiplying all updates by a constant then changes nothing: so
-no base lr matters. The scale stays 0 until the first nonzero update and gradient. Under a warm-up |u| is rescaled to
-the largest lr.
+counted in |u| / (the longest |x| so far), and eps is 0. Multiplying all updates by a constant then changes nothing, so
+the base lr does not matter. The scale stays 0 until the first nonzero update and gradient. Under a warm-up |u| is
+rescaled to the largest lr.
 
-**Time** (`settle`). A step whose lr is the part w of the largest so far counts as the part w of a step: the new vectors
-are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND` of its
-largest, w is 1, because the schedule may be over soon.
+**Time** (`settle`). A step whose lr is the part w of the largest since the search counts as the part w of a step: the
+new vectors are old + w * (new - old). At lr 0 nothing changes. During the search, until the scale has fallen to `FOUND`
+of its largest, w is 1, because the schedule may be over soon.
 
 **Schedule** (`of_schedule`). The search finds the largest effective lr that wins, whatever the schedule does meanwhile:
-as long as bets win, the scale makes up for an lr that falls. And until a scale was lost, no schedule raises the
-effective lr above the largest before it: what is more is taken from the scale. A warm-up may, but not by more than
-`FASTEST` times in a step, as an lr would that is set by hand from 1e-8 to 1.
+as long as bets win, the scale makes up for an lr that falls. Nor does a schedule raise the effective lr above its
+largest value before: the scale is lowered instead. Only a warm-up may raise it, by a factor of at most `FASTEST` in a
+step, which an lr that is set by hand from 1e-8 to 1 would exceed.
 
-**Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, and noise alone lets no scale grow. A
-schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end, so the
-scale that pays best at the moment is too small: losses count half.
+**Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, so noise alone lets no scale grow. A
+schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end. The scale
+that pays best at the moment is then too small, so losses count half.
 
-**Memory** (`settle`). After the search x_ref follows the weights: each step takes it nearer by k / (steps since then),
-where k is `FOLLOW` while lr rests at its highest and `FOLLOW_MOVING` while it moves.
+**Floor** (`settle`). Before it goes too far, the search has gone a distance R = max |D|. From then on a step is at
+least R / (`SHARE` * sqrt(`REST` + n)) long, where n is the number of steps at a resting lr. A step at the part w of the
+highest lr counts as w^`RESTING` of one, because a schedule that falls shortens steps by itself. So the scale is at
+least
 
-**Falls** (`settle`). A scale that has fallen to `LOST` of its largest was wrong, or its bets were about another
-problem. It goes on from `REGAINED` of its largest, or `REGAINED_MOVING` while lr moves, with empty vectors; that is the
-new s_init. If <D, g> there gets `RUNAWAY` times as large as when it fell, the weights run away, and it falls again.
-From the first fall on, `CEILING` times the largest effective lr before it is a ceiling. A step against it raises it by
-the part 1 / (steps since then).
+    S = R / (`SHARE` * sqrt(`REST` + n)) / |u|
+
+and that is the new s_init. |u| is an average over the last `RECENT` steps, but at least 1 / `SHORTEST` of the longest
+of late, because updates that are short for a while may be long again; updates of 0 do not count. This is the rule of
+DoG (Ivgi, Hinder and Carmon, 2023, arXiv 2302.12022), with the R of a search in place of the distance so far, and
+updates in place of gradients.
+
+Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again,
+which lasts until the scale has fallen to `FOUND` of its largest. R is the farthest |D| of all searches.
+
+**Memory** (`settle`). After the search x_ref follows the weights: each step moves it by about the part
+k / (steps since then) of its distance to them, where k is `FOLLOW`.
 
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
 max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
 
-**Newcomers** (`first_scale`). A step that would be shortened as a bad batch, but because of the gradient of parameters
-that take part for the first time, is another problem, for which the scale of the others may be far too large: layers in
-turns, or no longer frozen. All begins again as at the start, from |u| and |x| of the newcomers; the step is not
-shortened, and x_ref is x. Not so in sharded runs, where processes may disagree on who is new.
+**Newcomers** (`first_scale`). Parameters that take part for the first time, as layers in turns or unfrozen ones do, are
+another problem, for which the scale of the others may be far too large. If a step would be shortened as a bad batch
+because of their gradient, everything begins again as at the start, from |u| and |x| of the newcomers: the step is not
+shortened, and x_ref is x. Sharded runs do without this rule, because their processes may disagree on what is new.
 
-**Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base,
-if its updates are in proportion to lr, finds every lr multiplied by one number, and nobody else does. At first that
+**Rounding** (`Rounding`). u is a difference of stored weights, of which a tiny lr or gradient leaves little. So a base
+whose updates are in proportion to lr sees every lr multiplied by one number, which nobody else sees. At first that
 number makes the largest lr 1. A first update that is shorter than the weights by more than half of their digits is not
-used: the number grows and the next step tries again. Later it changes by powers of two, which round nothing: once,
-until the first update would be as long as the weights, if more than a quarter of its digits are lost; and whenever lr
-grows past what it promised to be.
+used: the number grows, and the next step tries again. But if the very first update is 0, the base may not have made
+one, so the number stays as it is once. Later the number changes by powers of two, which round nothing: once, until the
+first update would be as long as the weights, if more than a quarter of its digits are lost; and whenever lr grows
+above the bound that was promised.
 """
 
 from __future__ import annotations
@@ -69,15 +79,17 @@ from mechanic_pytorch.kernels.arguments import Scales
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 LOWER = 1 - 1e-6  # of the highest lr, or of the largest scale: what is more is rounding
 LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; where it rests, 1
-FOUND = 0.75  # of its largest, to which the scale has to fall for the search to be over
-LOST = 0.1  # of its largest: where a scale was wrong
+FOUND = 0.75  # of its largest, to which the scale has to fall for a search to be over
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
-RUNAWAY = 10.0  # times the loss of the last time, from which on the least scale was wrong, too
-REGAINED, REGAINED_MOVING = 0.2, 0.3  # of its largest, where it then goes on
-CEILING = 0.5  # of the largest effective lr before a scale was lost: what it does not exceed again at once
-FOLLOW, FOLLOW_MOVING = 1.0, 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
+SHARE, REST = 3.0, 40.0  # a step is at least this part of the farthest way: 1 / (SHARE * sqrt(REST + steps at rest))
+RESTING = 8  # the power of lr, as a part of the highest, as which a step at rest counts
+FARTHER = 4.0  # times the floor, to which the scale has to rise for its fall to be the end of a search
+RECENT = 10.0  # steps, over which the length of the base's updates is averaged, once there are so many
+FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
+SHORTEST = 10.0  # of the longest update of late: how much less |u| is taken for at least
+NOTHING_LOST = 1.0  # the length of an update, in lengths of the weights, that calls for no larger lr
 MOST_LR = 2.0**60  # the largest lr that a base is given
 MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
 
@@ -87,19 +99,23 @@ class Memory(NamedTuple):
 
     pace: Tensor  # |u| / lr of the first update
     longest: Tensor  # |x|
-    highest: Tensor  # lr
-    floor: Tensor  # s_init, times the highest lr
-    peak: Tensor  # the largest scale since it was last learned from empty vectors
+    highest: Tensor  # lr; after the search, since its end
+    floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
+    peak: Tensor  # the largest scale since a search began: at the start, or where it was last at its floor
     age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
-    loudest: Tensor  # the largest effective lr since the scale was last learned from empty vectors
-    ceiling: Tensor  # of the effective lr; 0 if there is none
-    loss: Tensor  # <D, g> where the scale was lost last; 0 if it gained there, or never was
+    loudest: Tensor  # the largest effective lr of the search
+    farthest: Tensor  # |D| since then
+    reach: Tensor  # the farthest |D| of all searches; 0 during the first
+    speed: Tensor  # |u| / lr of late
+    rest: Tensor  # steps at a resting lr since the first
+    stride: Tensor  # the longest |u| / lr
+    path: Tensor  # the sum of all steps' lengths since `farthest` began
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, 0, -1, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -108,11 +124,10 @@ class Bet(NamedTuple):
     state: TunerState
     dots: Tensor  # the four sums of delta, shape (G, 4)
     params: TuneParams
-    measured: Tensor  # the four sums as they were measured
+    measured: Tensor  # the sums as they were measured
     lr: float | Tensor  # the largest of this step's; a number, or shape (G,)
     memory: Memory | None = None
     length: Tensor | None = None  # of the coming step, 1 unless it is shortened, shape (G,)
-    is_moving: Tensor | None = None  # whether a schedule moves lr, shape (G,)
 
 
 class Learned(NamedTuple):
@@ -122,6 +137,7 @@ class Learned(NamedTuple):
     memory: Memory | None = None
     length: Tensor | None = None  # of the step, shape (G,)
     follow: Tensor | None = None  # by what part of D x_ref follows the weights, shape (G,)
+    time: Tensor | None = None  # as what part of a step it counts, shape (G,)
     restarted: Tensor | None = None  # whether newcomers have made it begin again, shape (G,), if they may have
 
     def is_nonfinite(self) -> Tensor:
@@ -169,13 +185,20 @@ def either(rows: Tensor, state: TunerState, other: TunerState) -> TunerState:
 
 
 def times(factor: Tensor, state: TunerState) -> TunerState:
-    """Return vectors whose scale is multiplied by a factor, shape (G,)."""
+    """Return vectors as if all gains had been larger by a factor, shape (G,), and with them the scale."""
     by = factor.unsqueeze(-1)
     return state._replace(reward=by * state.reward, scales=by * state.scales)
 
 
+def in_units(factor: Tensor, state: TunerState) -> TunerState:
+    """Return vectors as if all scales so far had been larger by a factor, shape (G,), and all else the same."""
+    by = factor.unsqueeze(-1)
+    m, v, reward, scales = state
+    return TunerState(m / by, v / by.square(), reward, by * scales)
+
+
 def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor) -> Tensor:
-    """Return by what the scale is to be multiplied because of what the schedule does, shape (G,).
+    """Return by what the scale of a search is to be multiplied because of what the schedule does, shape (G,).
 
     Args:
         memory: that of the last step.
@@ -184,10 +207,16 @@ def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor)
         lr: the largest of this step's.
     """
     now = lr * scale
-    wins = (memory.age == 0) & (loss < 0) & (scale >= LOWER * memory.peak)
+    wins = (loss < 0) & (scale >= LOWER * memory.peak)
     least = torch.where(wins, memory.loudest, 0.0)
-    most = torch.where(memory.ceiling == 0, memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0), math.inf)
-    return torch.where(now > 0, now.clamp(least, most) / now, 1.0)
+    most = memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0)
+    return torch.where((memory.age == 0) & (now > 0), now.clamp(least, most) / now, 1.0)
+
+
+def floor(memory: Memory) -> Tensor:
+    """Return the least scale after a search, shape (G,)."""
+    update = torch.maximum(memory.speed, memory.stride / SHORTEST) * memory.highest
+    return memory.reach / (SHARE * (REST + memory.rest).sqrt() * update.clamp_min(torch.finfo(update.dtype).tiny))
 
 
 def bet(
@@ -198,30 +227,39 @@ def bet(
     Args:
         state: the vectors, shape (G, n).
         memory: that of the last step.
-        dots: the four sums of D, shape (G, 4).
+        dots: `[<D, g>, <D, x>, |g|^2, |x|^2, |D|^2]`, shape (G, 5).
         lr: the largest of this step's.
         betas: of the options.
         s_decay: of the options.
     """
     change = of_schedule(memory, state.scales.sum(-1), dots[..., 0], lr)
     state = times(change, state)
-    scale, g, x = state.scales.sum(-1), dots[..., 2].sqrt(), dots[..., 3].sqrt()
+    scale = state.scales.sum(-1)
+    g, x, way = dots[..., 2:].sqrt().unbind(-1)
     is_known = scale > 0
     held = torch.maximum(g, MOMENTUM * memory.momentum)
     shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
+    farthest = torch.maximum(memory.farthest, torch.minimum(way, memory.path))  # edits are no way that was gone
+    start = torch.where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
     memory = memory._replace(
-        highest=highest, longest=longest, gradient=gradient, momentum=held, peak=change * memory.peak
+        highest=highest,
+        longest=longest,
+        gradient=gradient,
+        momentum=held,
+        farthest=farthest,
+        floor=torch.where(memory.age > 0, memory.floor, start),
+        peak=change * memory.peak,
     )
     by = torch.where(is_known, shortened / scale, 0.0)
-    sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:]], -1)
+    sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:4]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
-    s_init = torch.where(is_known, memory.floor / highest, 0.0)
+    s_init = torch.where(is_known, memory.floor, 0.0)
     loss_weight = torch.where(is_moving, LOSS_WEIGHT_MOVING, 1.0).to(decay)
     params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
-    return Bet(state, sums, params, dots, lr, memory, shortened, is_moving)
+    return Bet(state, sums, params, dots, lr, memory, shortened)
 
 
 def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
@@ -232,47 +270,70 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
         new: what `tune` has made of it.
         memory: that of the bet.
     """
-    old, lr, loss = bet.state, bet.lr, bet.measured[..., 0]
+    old, lr = bet.state, bet.lr
     tiny = torch.finfo(memory.highest.dtype).tiny
     time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
-    was_found, has_ceiling = memory.age > 0, memory.ceiling > 0
+    was_found = memory.age > 0
+    rest = torch.where(was_found, memory.rest + time**RESTING, 0.0)
     time = torch.where(was_found, time, time > 0)
     new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
     weight = time.unsqueeze(-1)
     new = TunerState(*(torch.lerp(a, b, weight) for a, b in zip(old, new, strict=True)))
+
+    # The floor of now, and the scale in proportion to it.
+    memory = memory._replace(rest=rest)
+    least = torch.where(was_found, floor(memory), memory.floor)
+    change = torch.where(was_found, least / memory.floor, 1.0)
+    new, peak = in_units(change, new), change * memory.peak
     scale = new.scales.sum(-1)
+    raised = torch.where(was_found & (scale < least), least / scale, 1.0)
+    new, scale = new._replace(scales=raised.unsqueeze(-1) * new.scales), raised * scale
 
-    effective = lr * scale
-    is_over = has_ceiling & (effective > memory.ceiling)
-    ceiling = torch.where(is_over, memory.ceiling * (1 + time / memory.age.clamp_min(1.0)), memory.ceiling)
-    factor = torch.where(is_over, ceiling / effective, 1.0).clamp_max(1.0)
-    new, scale = times(factor, new), factor * scale
-    loudest = torch.maximum(memory.loudest, lr * scale)
-
-    is_least = scale * memory.highest * LOWER <= memory.floor
-    runs_away = is_least & (memory.loss > 0) & (loss > RUNAWAY * memory.loss)
-    is_lost = (scale < LOST * memory.peak) | runs_away
-    is_found = was_found | (scale < FOUND * memory.peak)
-    assert bet.is_moving is not None
-    moving = bet.is_moving.to(scale)
-    regained = memory.peak * (REGAINED + moving * (REGAINED_MOVING - REGAINED))
-    fresh = evenly(regained, like=new)
-    new = either(is_lost, fresh, new)
-    lower = CEILING * loudest
-    lower = torch.where(has_ceiling, torch.minimum(ceiling, lower), lower)
-
-    age = torch.where(is_lost, 1.0, memory.age.clamp_min(1.0)) + time
-    power = FOLLOW + moving * (FOLLOW_MOVING - FOLLOW)
-    follow = torch.where(is_lost | ~is_found, 0.0, power * time / (age + power + 7))
+    # The end of a search.
+    is_over = (scale < FOUND * peak) & (memory.farthest > 0) & (~was_found | (peak > FARTHER * least))
+    highest = torch.where(is_over & ~was_found, lr, memory.highest)
+    reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
+    rest = torch.where(is_over, rest * (memory.reach / reach.clamp_min(tiny)).square(), rest)
+    memory = memory._replace(highest=highest, reach=reach, rest=rest)
+    least = torch.where(is_over, floor(memory), least)
+    scale = torch.where(is_over, least, scale)
+    new = either(is_over, evenly(scale, like=new), new)
+    age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
+    begins = is_over | (was_found & (scale <= least / LOWER))
     memory = memory._replace(
-        floor=torch.where(is_lost, regained * memory.highest, memory.floor),
-        peak=torch.where(is_lost, regained, torch.maximum(memory.peak, scale)),
-        age=torch.where(is_found, age, 0.0),
-        loudest=torch.where(is_lost, 0.0, loudest),
-        ceiling=torch.where(is_lost, lower, ceiling),
-        loss=torch.where(is_lost, loss.clamp_min(0.0), memory.loss),
+        floor=least,
+        peak=torch.where(begins, scale, torch.maximum(peak, scale)),
+        age=age,
+        loudest=torch.maximum(memory.loudest, lr * scale),
+        farthest=torch.where(begins, 0.0, memory.farthest),
+        path=torch.where(begins, 0.0, memory.path),
     )
-    return Learned(new, memory, bet.length, follow)
+    follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
+    return Learned(new, memory, bet.length, follow, time)
+
+
+def moved(learned: Learned, update: Tensor, lr: float | Tensor) -> Memory:
+    """Return what is remembered once a step is made.
+
+    Args:
+        learned: of this step.
+        update: |u|, shape (G,).
+        lr: the largest of this step's.
+    """
+    memory, length, time = learned.memory, learned.length, learned.time
+    assert memory is not None
+    assert length is not None
+    assert time is not None
+    counts = (memory.speed > 0) & (time > 0) & (update > 0)
+    here = torch.minimum(length * update / lr, ADMITTED * memory.stride)
+    weight = time / memory.age.clamp(1.0, RECENT)
+    speed = torch.lerp(memory.speed.square(), here.square(), weight).sqrt()
+    stride = torch.maximum(memory.stride, here)
+    return memory._replace(
+        speed=torch.where(counts, speed, memory.speed),
+        stride=torch.where(counts, stride, memory.stride),
+        path=memory.path + learned.state.scales.sum(-1) * length * update,
+    )
 
 
 def first_scale(
@@ -305,8 +366,8 @@ def first_scale(
     assert follow is not None
     g = bet.measured[..., 2].sqrt()
     pace, longest = update / bet.lr, torch.where(weights > 0, weights, 1.0)
-    floor = RELATIVE * longest / pace
-    scale = floor / memory.highest
+    least = RELATIVE * longest / pace
+    scale = least / memory.highest
     ratio = pace * memory.highest / longest
     is_usable = (g > 0) & torch.stack([pace, g, weights]).isfinite().all(0)
     seeks = (memory.pace == 0) & is_usable
@@ -314,13 +375,23 @@ def first_scale(
     again = (memory.pace > 0) & is_usable & (is_new > 0) & is_too_long
     begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
     none = torch.zeros_like(g)
-    memory = memory._replace(loudest=torch.where(seeks, ratio.clamp_min(torch.finfo(ratio.dtype).tiny), memory.loudest))
-    first = Memory(pace, longest, memory.highest, floor, scale, none, g, g, floor, none, none)
+    # An update lost in rounding calls for a larger lr. But the first of 0 may be one that the base has not made.
+    lost = torch.where(
+        (ratio == 0) & (memory.loudest == 0), NOTHING_LOST, ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
+    )
+    memory = memory._replace(loudest=torch.where(seeks, lost, memory.loudest))
+    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, pace, none)
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
     again = again & begins
-    return Learned(state, memory, torch.where(again, 1.0, length), torch.where(again, 1.0, follow), again)
+    return learned._replace(
+        state=state,
+        memory=memory,
+        length=torch.where(again, 1.0, length),
+        follow=torch.where(again, 1.0, follow),
+        restarted=again,
+    )
 
 
 def evenly(scale: Tensor, like: TunerState) -> TunerState:

@@ -118,7 +118,7 @@ class BaseStep:
         return self.reads_found_inf and not torch.compiler.is_compiling()
 
     def unscaled(self, dots: Tensor) -> Tensor:
-        """Do what a `GradScaler` left to the base, to the four sums, shape (..., 4).
+        """Do what a `GradScaler` left to the base, to the sums, shape (..., 4) or (..., 5).
 
         Two of them hold g, once and twice, and are divided by the loss scale. All become NaN if the scaler has found an
         overflow: the step is then skipped, by all processes that add up these sums.
@@ -126,7 +126,7 @@ class BaseStep:
         if self.grad_scale is not None:
             inverse = 1.0 / self.grad_scale.to(dots).reshape(())
             one = torch.ones_like(inverse)
-            dots = dots * torch.stack([inverse, one, inverse * inverse, one])
+            dots = dots * torch.stack([inverse, one, inverse * inverse, one, one])[: dots.shape[-1]]
         found = self.found_inf
         return dots if found is None else dots.masked_fill(found.to(dots.device).reshape(()) > 0, torch.nan)
 
@@ -210,9 +210,10 @@ class TwoPasses:
         """Let the base step."""
         self._base.call(self._work, skip, skipper)
 
-    def move(self, scales: Scales, skip: Tensor) -> None:
-        """Rescale what the base has done."""
+    def move(self, scales: Scales, skip: Tensor) -> Tensor | None:
+        """Rescale what the base has done; return |u|, shape (G,), of a plain step."""
         self._work.move(scales)
+        return self._work.update_length(scales)
 
 
 @contextmanager

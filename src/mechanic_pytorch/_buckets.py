@@ -67,6 +67,7 @@ class Bucket:
     stored: list[Tensor] = field(default_factory=list)  # what is stored under `slot`
     compensations: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     before: list[Tensor] = field(default_factory=list)  # copies of `locals` from before the base's step, if needed
+    update_squared: Tensor | None = None  # |u|^2 of the base's update in a plain step, once moved; shape ()
     newcomers: list[int] = field(default_factory=list)  # indices of parameters that take part for the first time
     has_new_shapes: bool = False  # some parameter has another shape than what is stored for it
 
@@ -102,7 +103,7 @@ class Bucket:
         self.stored.append(ours)
 
     def measure(self) -> Tensor:
-        """Return the four sums, the gradient being that of what is minimized; shape (4,).
+        """Return the sums, the gradient being that of what is minimized; shape (4,), or (5,) of plain steps.
 
         Fills `before`, if it is there. Sparse gradients are replaced by dense copies first.
         """
@@ -118,14 +119,14 @@ class Bucket:
         return sums if self.sign > 0 else torch.cat([-sums[:1], sums[1:]])
 
     def measure_update(self, indices: Sequence[int]) -> Tensor:
-        """Return `[0, |u|^2, |g|^2, |x|^2]` of the base's update u of some parameters; shape (4,)."""
+        """Return `[0, |u|^2, |g|^2, |x|^2, 0]` of the base's update u of some parameters; shape (5,)."""
         nothing, dtype = self.stored[0].new_zeros(()), self.stored[0].dtype
         if not indices:
-            return nothing.expand(4)
+            return nothing.expand(5)
         x = [self.before[i].to(dtype) for i in indices]
         u = [self.locals[i].to(dtype) - x_before for i, x_before in zip(indices, x, strict=True)]
         _, _, g_squared, x_squared = self.kernel.measure(x, [self.grads[i] for i in indices], u)
-        return torch.stack([nothing, self.kernel.measure(x, u, u)[0], g_squared, x_squared])
+        return torch.stack([nothing, self.kernel.measure(x, u, u)[0], g_squared, x_squared, nothing])
 
     def nonfinite(self) -> Tensor:
         """Return 0, or NaN if a gradient is not finite; shape ()."""
@@ -151,6 +152,7 @@ class Work:
     shard_groups: list[ShardGroups]
     groups: Sequence[dict[str, Any]]  # the optimizer's parameter groups
     state: State  # its state
+    sums: int  # how many `measure` returns
 
     @property
     def is_empty(self) -> bool:
@@ -174,14 +176,14 @@ class Work:
         like: Tensor,
         unscaled: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return four sums over all shards of all buckets for each row of the tuner, shape (G, 4).
+        """Return sums over all shards of all buckets for each row of the tuner, shape (G, 4), or (G, 5) of plain steps.
 
         Args:
-            of_bucket: what to add up: four numbers, or one.
+            of_bucket: what to add up: that many numbers, or one.
             like: a tensor with G rows, of the result's dtype and device.
             unscaled: what a `GradScaler` has left to do to them, in this process.
         """
-        partial = {shards: like.new_zeros(len(like), 4) for shards in [(), *self.shard_groups]}
+        partial = {shards: like.new_zeros(len(like), self.sums) for shards in [(), *self.shard_groups]}
         for bucket in self.buckets:
             partial[bucket.shard_groups][bucket.row].add_(of_bucket(bucket).to(like))
         if unscaled is not None:
@@ -207,7 +209,7 @@ class Work:
         def measured(bucket: Bucket) -> Tensor:
             return bucket.measure_update(bucket.newcomers if bucket.row in of_rows else range(len(bucket.params)))
 
-        _, update, gradient, weights = self.total(measured, like=like, unscaled=unscaled).sqrt().unbind(-1)
+        _, update, gradient, weights, _ = self.total(measured, like=like, unscaled=unscaled).sqrt().unbind(-1)
         return update, gradient, weights
 
     def _forget_ways(self, rows: Tensor) -> None:
@@ -227,7 +229,20 @@ class Work:
         """Rescale the step that the base has made; `scales` have shape (G,)."""
         for bucket in self.buckets:
             here = scales.of_row(bucket.row, like=bucket.stored[0])
-            bucket.kernel.move(bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, here)
+            bucket.update_squared = bucket.kernel.move(
+                bucket.locals, bucket.before, bucket.stored, bucket.compensations or None, here
+            )
+
+    def update_length(self, scales: Scales) -> Tensor | None:
+        """Return |u| of the base's update, shape (G,), if a step by these scales was plain and has been moved."""
+        if scales.follow is None:
+            return None
+
+        def squared(bucket: Bucket) -> Tensor:
+            assert bucket.update_squared is not None
+            return bucket.update_squared
+
+        return self.total(squared, like=scales.new)[:, 0].sqrt()
 
     def commit(self, record: Callable[[], object], restarted: Tensor | None = None) -> None:
         """Write down a step whose weights have moved, and finish even if interrupted.
@@ -331,7 +346,7 @@ def gather(groups: Sequence[dict[str, Any]], state: State, config: Config, *, ma
                 kernel = kernels.select(p.device, has_memory=has_memory(p))
                 bucket = buckets[key] = Bucket(kernel, over, row, sign, slot(config), group)
             bucket.add(p, grad, state.get(p, {}))
-    return Work(list(buckets.values()), list(all_groups), groups, state)
+    return Work(list(buckets.values()), list(all_groups), groups, state, sums=5 if config.is_auto else 4)
 
 
 def _stored(found: Tensor | None, p: Tensor, dtype: torch.dtype) -> Tensor:

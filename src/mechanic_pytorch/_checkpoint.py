@@ -37,7 +37,7 @@ def check_group(who: str, group: dict[str, Any]) -> None:
     Raises:
         ValueError: `differentiable=True`; a `DTensor` that holds partial sums; several iterations a step without a line
             search (LBFGS).
-        TypeError: weights of a class without copies and differences, such as 8-bit ones.
+        TypeError: weights of a class that cannot be copied and subtracted, such as 8-bit ones.
     """
     if any(placement.is_partial() for p in group["params"] for placement in getattr(p, "placements", ())):
         raise ValueError(
@@ -49,8 +49,8 @@ def check_group(who: str, group: dict[str, Any]) -> None:
             _check_arithmetic(who, p)
     if group.get("line_search_fn", "") is None and (group.get("max_iter") or 1) > 1:
         raise ValueError(
-            f"{who}: several iterations a step need a line search, because LBFGS takes it for granted that its own "
-            f"last step was made, and diverges. Got line_search_fn=None and max_iter={group['max_iter']}. Remedy: "
+            f"{who}: several iterations a step need a line search, because LBFGS assumes that its own last step was "
+            f"made, and diverges. Got line_search_fn=None and max_iter={group['max_iter']}. Remedy: "
             "max_iter=1; or line_search_fn='strong_wolfe' with a max_iter of about 4; or the plain LBFGS."
         )
     if group.get("differentiable"):
@@ -68,7 +68,7 @@ def _check_arithmetic(who: str, p: Tensor) -> None:
             torch._foreach_sub([p.detach()], [p.detach()])
     except NotImplementedError as error:
         raise TypeError(
-            f"{who}: weights must be of a class with copies and differences. Got {type(p).__name__}. Remedy: "
+            f"{who}: weights must be of a class that can be copied and subtracted. Got {type(p).__name__}. Remedy: "
             "give these parameters to a plain optimizer of their own, or train them in bfloat16."
         ) from error
 
@@ -135,7 +135,7 @@ def _check_loadable(optimizer: Optimizer, config: Config, state_dict: dict[str, 
     Raises:
         ValueError: its tuner has another number of betas, or another kind of start, or has learned but come without the
             sums of updates; it has one tuner where there is one per group here, or the reverse; a key is missing, has
-            another shape or holds what no run can have written; it was made by version 0.0.1; it is differentiable.
+            another shape or holds impossible numbers; it was made by version 0.0.1; it is differentiable.
     """
     refuse = functools.partial(_refuse, type(optimizer).__name__)
     if "_mechanic" in state_dict["state"]:
@@ -144,7 +144,7 @@ def _check_loadable(optimizer: Optimizer, config: Config, state_dict: dict[str, 
         check_group(type(optimizer).__name__, {**group, "params": []})
     if not any(is_ours(key) for group in state_dict["param_groups"] for key in group):
         return  # of the plain base
-    _check_tuners(config, state_dict["param_groups"], refuse)
+    _check_tuners(config, getattr(optimizer, "mechanic_base", type(optimizer)), state_dict["param_groups"], refuse)
     _check_stored(optimizer, config, state_dict, refuse)
 
 
@@ -155,7 +155,9 @@ def _refuse(who: str, rule: str, got: str, remedy: str = "") -> NoReturn:
     )
 
 
-def _check_tuners(config: Config, groups: list[dict[str, Any]], refuse: Callable[..., NoReturn]) -> None:
+def _check_tuners(
+    config: Config, base: type[Optimizer], groups: list[dict[str, Any]], refuse: Callable[..., NoReturn]
+) -> None:
     """Refuse the tuners of a checkpoint if they are not what this optimizer would have saved."""
     first = groups[0]
     per_tuner = {*tensors_of_row(config), *numbers_of_row(config), MEMORY, LR_FACTOR, LR_LIMIT}
@@ -169,8 +171,14 @@ def _check_tuners(config: Config, groups: list[dict[str, Any]], refuse: Callable
         )
     for row in groups if config.per_group else [first]:
         if any(key in row for key in per_tuner) and (MEMORY in row) != config.is_auto:
-            kinds = ("'auto'", "a number") if MEMORY in row else ("a number", "'auto'")
-            refuse("must have the same kind of s_init", f"{kinds[0]} in it and {kinds[1]} here", "pass the same s_init")
+            kinds, remedy = ("'auto'", "a number"), f"build the optimizer with mechanize({base.__name__})"
+            if MEMORY not in row:  # it does not say which number
+                kinds = ("a number", "'auto'")
+                remedy = (
+                    f"build the optimizer with the number that it was saved with, such as mechanize({base.__name__}, "
+                    "s_init=1e-8)"
+                )
+            refuse("must have the same kind of s_init", f"{kinds[0]} in it and {kinds[1]} here", remedy)
         for key, powers in tensors_of_row(config).items():
             value = row.get(key)
             if not isinstance(value, Tensor):

@@ -44,7 +44,7 @@ def mechanize(
     Base: type[Optimizer],
     s_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
-    s_init: float | Literal["auto"] = 1e-8,
+    s_init: float | Literal["auto"] = "auto",
     eps: float = 1e-8,
     store_delta: bool = False,
     log_func: LogFunc | None = None,
@@ -58,41 +58,44 @@ def mechanize(
     """Return a class like `Base` whose learning-rate scale is learned.
 
     The result is a subclass of `Base` and of `Mechanic` and takes the arguments of `Base`, and those of this function
-    under names that begin with `mechanic_`. With lr=1.0, which is also the lr if none is given, it needs no tuning;
-    schedules, ratios between group learning rates and weight decay keep their meaning, and everything is multiplied by
-    the learned scale. The same arguments give the same class.
+    under names that begin with `mechanic_`. If lr is not given, it is 1.0; any other lr gives the same run. Schedules,
+    ratios between group learning rates and weight decay keep their meaning, because every lr is multiplied by the same
+    learned scale. The same arguments give the same class.
 
     Args:
         Base: an optimizer class, not an instance.
-        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. It
-            weighs in proportion to the learned scale, so it suits lr near 1 and holds a much smaller lr back.
+        s_decay: lambda in the paper, a weight decay inside the tuner. Helps on small data; 0.0 is fine on large. With
+            a number for s_init it weighs in proportion to the learned scale, so that it suits lr near 1 and holds a
+            much smaller lr back.
         betas: discount factors of the tuner, one copy of the tuner each; unrelated to Adam's betas.
-        s_init: initial scale, > 0: an underestimate of the right one, relative to the base's updates. Too small
-            costs a few steps, too large may diverge. "auto" starts relative to the first update, so that every base
-            lr gives the same run, and makes plain steps of the base, x + scale * u: a scale that falls takes nothing
-            back, and weights whose lr is 0 rest. docs/safety.md has its rules.
-        eps: added to sqrt(v), in units of h (update times gradient).
-        store_delta: accepted for compatibility. The sum of updates is always kept exactly, which takes the one slot
-            that False promises and is as accurate as the two of True.
+        s_init: initial scale. "auto" starts relative to the first update, so that every base lr gives the same run, and
+            makes plain steps of the base, x + scale * u: a scale that falls takes nothing back, and weights whose lr is
+            0 rest. docs/safety.md has its rules. A number > 0 selects Algorithm 1 as published. It should be an
+            underestimate of the right scale: too small a number costs a few steps, too large a one may diverge. The
+            default of version 0.0.1 was 1e-8.
+        eps: added to sqrt(v), in units of h (update times gradient). With s_init="auto", which has no fixed
+            unit, it has no effect.
+        store_delta: accepted for compatibility with version 0.0.1, without effect: one number per weight is kept, with
+            all its digits.
         log_func: called with `{"iter_count": t, "s": scale}`, a list of scales with `per_group`; None logs through
             `logging.getLogger("mechanic_pytorch")` at level INFO.
         log_every: log every this many steps; 0 never does.
         skip_nonfinite: leave everything as it was at a step whose gradient is not finite. This costs one host read
-            per step, or none with a base that takes `found_inf` (`fused=True`). False spares it: the base then does
+            per step, or none with a base that takes `found_inf` (`fused=True`). False avoids it: the base then does
             what it always does with such a gradient; the tuner's vectors are protected either way.
-        process_group: the group whose processes hold the other parts of plain tensors that are parts of larger ones, or
-            other parameters of the same model: FSDP1, `ZeroRedundancyOptimizer`, pipeline stages. A `DTensor` (FSDP2,
-            tensor parallelism) knows its own. None: plain tensors are whole, and equal everywhere (DDP).
+        process_group: the processes that hold the other shards of plain tensors, or other parameters of the same model:
+            FSDP1, `ZeroRedundancyOptimizer`, pipeline stages. A `DTensor` (FSDP2, tensor parallelism) knows its own
+            group. None: plain tensors are whole, and equal in all processes (DDP).
         max_lr: bound of the effective lr, > 0: the scale never exceeds max_lr / (the largest lr so far, of all groups).
             None: no bound.
         per_group: learn one scale for each parameter group, from that group's gradient, weights and updates alone: for
-            groups whose updates have unlike units, or that start far apart. Ratios between their lrs then stop
+            groups whose updates have different units. Ratios between their lrs then stop
             mattering. docs/per-group.md says when it helps. False: one scale for all.
 
     Returns:
-        The class `Mechanized<Base>`. Type checkers see the base's arguments and attributes too for optimizers of torch
-        and what is derived from them, and those of `Mechanic` alone for others, because no type says "`Base` and
-        `Mechanic`": there, `assert isinstance(optimizer, Base)` adds the base's.
+        The class `Mechanized<Base>`. For optimizers of torch and classes derived from them, type checkers also see the
+        arguments and attributes of the base. For others they see only those of `Mechanic`, because no type says "`Base`
+        and `Mechanic`": there, `assert isinstance(optimizer, Base)` adds those of the base.
 
     Raises:
         TypeError: `Base` is no optimizer class or is mechanized already; an option is of the wrong kind.
@@ -131,8 +134,8 @@ def mechanize(
 def class_for(base: type[Optimizer], config: Config) -> type[Mechanic]:
     """Return the subclass of `Mechanic` and `base` with these options, the same one at every call.
 
-    It lives in `mechanic_pytorch.optim` under the name that it bears, for tools that write classes down or ship them to
-    other processes import them by name.
+    It is found in `mechanic_pytorch.optim` under its name, because tools that write classes down, or send them to other
+    processes, import them by name.
     """
     key = (base, config, id(config.log_func))
     with _lock:
@@ -161,9 +164,9 @@ def _make(base: type[Optimizer], config: Config) -> type[Mechanic]:
     return made
 
 
-LR = 1.0  # if none is given: what suits the tuner, whatever the base's own default is
+LR = 1.0  # if none is given, whatever the base's own default is
 
-# By which name each option is passed to a mechanized class: its own are the base's (Adam has betas and an eps).
+# The name under which each option is passed to a mechanized class: the plain names are the base's (Adam has betas).
 _OPTIONS = {f"mechanic_{option.name}": option.name for option in fields(Config)}
 
 

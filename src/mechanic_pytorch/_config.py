@@ -127,14 +127,14 @@ class Config:
         (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999), _betas, help="Discount factors of the tuner."
     )
     s_init: float | Literal["auto"] = _option(
-        1e-8,
+        "auto",
         partial(
             _number,
             rule="'auto' or a finite number > 0",
-            remedy="a small underestimate such as 1e-8, or 'auto'",
+            remedy="leave it out, or pass a small underestimate such as 1e-8",
             other="auto",
         ),
-        help="Initial scale; auto measures it at the first update.",
+        help="Initial scale; auto measures it at the first update, a number is the paper's start.",
     )
     eps: float = _option(
         1e-8,

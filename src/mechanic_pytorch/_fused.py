@@ -38,12 +38,15 @@ class OnePass:
     def step(self, skip: Tensor, skipper: Skipper) -> None:
         """Do nothing yet."""
 
-    def move(self, scales: Scales, skip: Tensor) -> None:
+    def move(self, scales: Scales, skip: Tensor) -> Tensor | None:
         """Make the base's step and rescale it, for all buckets; where `skip` is true, change nothing.
 
         Args:
             scales: of shape (G,).
             skip: whether to change nothing, shape ().
+
+        Returns:
+            |u| of the base's update, shape (G,), of a plain step.
         """
         for bucket, (kernel, rule) in zip(self._work.buckets, self._rules, strict=True):
             device = bucket.locals[0].device
@@ -51,7 +54,7 @@ class OnePass:
             grad_scale = None if self._grad_scale is None else self._grad_scale.to(device).reshape(())
             if rule.steps:
                 torch._foreach_add_(rule.steps, [1 - found_inf] * len(rule.steps))
-            kernel.step_and_move(
+            bucket.update_squared = kernel.step_and_move(
                 rule._replace(options={**rule.options, "grad_scale": grad_scale, "found_inf": found_inf}),
                 bucket.locals,
                 bucket.grads,
@@ -59,6 +62,7 @@ class OnePass:
                 bucket.compensations or None,
                 scales.of_row(bucket.row, like=bucket.stored[0]),
             )
+        return self._work.update_length(scales)
 
 
 def one_pass(optimizer: Optimizer, base: BaseStep, work: Work) -> OnePass | None:

@@ -233,7 +233,8 @@ class Tuner:
                 row[LR_LIMIT] *= -1
             else:
                 ratio = memory.loudest  # of an update that was too short, 0 if there was none; see `first_scale`
-                row[MEMORY][Memory._fields.index("loudest")] = 0.0
+                if ratio:
+                    row[MEMORY][Memory._fields.index("loudest")] = _auto.NOTHING_LOST
             factor = Rounding.of(groups).growth(ratio, abs(row[LR_LIMIT]))
             self._rescale(row, factor)
             row[LR_LIMIT] *= factor
@@ -270,7 +271,7 @@ class Tuner:
 
         Args:
             old: the vectors, shape (G, n).
-            dots: the four sums, shape (G, 4), from before the base's step.
+            dots: the sums, shape (G, 4), or (G, 5) of plain steps, from before the base's step.
             factors: by which the base's lr is multiplied in each parameter group.
         """
         lr = self.largest_lr(factors, like=dots)
@@ -340,7 +341,13 @@ class Tuner:
         return skip | (dots == 0).all(-1) if self.config.per_group else skip
 
     def recorded(
-        self, scale: Tensor, lr: float | Tensor, skip: Tensor, unchanged: Tensor, learned: Learned | None = None
+        self,
+        scale: Tensor,
+        lr: float | Tensor,
+        skip: Tensor,
+        unchanged: Tensor,
+        learned: Learned | None = None,
+        update: Tensor | None = None,
     ) -> Callable[[], object]:
         """Return a function that records a step in one call, so that no interrupt leaves it half recorded.
 
@@ -350,14 +357,16 @@ class Tuner:
             skip: whether it is to count as skipped, shape ().
             unchanged: which rows it leaves as they were, shape () or (G,).
             learned: the new numbers; None leaves them as they are.
+            update: |u| of the base's update, shape (G,), of a plain step.
         """
         before, unchanged = self._read(LR_SUMS), unchanged.unsqueeze(-1)
         effective, plain, highest = before.unbind(-1)
         lr = lr if isinstance(lr, Tensor) else torch.full_like(plain, lr)
         sums = torch.stack([effective + scale * lr, plain + lr, torch.maximum(highest, lr)], -1)
         values = {LR_SUMS: torch.where(unchanged, before, sums)}
-        if learned is not None and learned.memory is not None:
-            values[MEMORY] = torch.where(unchanged, self._read(MEMORY), torch.stack([*learned.memory], -1))
+        if learned is not None and learned.memory is not None and update is not None:
+            memory = _auto.moved(learned, update.to(plain), lr)
+            values[MEMORY] = torch.where(unchanged, self._read(MEMORY), torch.stack([*memory], -1))
         if learned is not None:
             values.update(zip(VECTORS, learned.state, strict=True))
         first = self.groups[0]

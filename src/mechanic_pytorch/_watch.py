@@ -195,7 +195,7 @@ class Watch:
         kinds = {
             "a gradient": [p.grad for p in params if p.grad is not None],
             "a weight": params,
-            "what is kept of the run": stored,
+            "stored state": stored,
         }
         found = [name for name, tensors in kinds.items() if not all(_is_finite(tensor) for tensor in tensors)]
         if found:

@@ -1,9 +1,10 @@
-"""Parameters that are sharded over processes: what of them lies here, and the sum of four numbers over all shards.
+"""Parameters that are sharded over processes: which part of them is here, and sums of a few numbers over all shards.
 
-Mechanic needs nothing global but its four inner products, and these are additive over any partition of the weights. So
-each process measures what it holds, and one `all_reduce` of four numbers per step and sharding group adds them up. What
-is replicated is counted once: a `DTensor` is summed over those dimensions of its mesh over which it is sharded, and no
-other. Plain tensors are whole (as with DDP), unless the user names the process group over which they are sharded.
+Mechanic needs nothing global except a few sums over all weights, which are additive over any partition of these. So
+each process measures what it holds, and one `all_reduce` per step and sharding group adds the numbers up; with "auto" a
+second one adds up the length of the update. What is replicated is counted once: a `DTensor` is summed over those
+dimensions of its mesh over which it is sharded, and no other. Plain tensors are whole (as with DDP), unless the user
+names the process group over which they are sharded.
 
 Nothing large is gathered, and nothing is read by the host. This is the only file with collectives in it.
 """

@@ -14,11 +14,11 @@ s have n entries and start at 0. One step:
     x     = x_ref + sum(s) * delta
 
 Big tensors are touched twice: four inner products before the base step (`measure`), one affine move after it (`move`),
-both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, with which this file begins.
-x_ref is never stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what users do to their
-weights between steps. With s_init="auto" a step is x = x + sum(s) * u instead, and what is bet on is the way that the
-weights have gone: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file `docs/deviations.md` lists
-where this differs from other implementations, and why.
+both in `kernels`. Between them stands a recurrence on vectors of six numbers, `tune`, with which this file begins. With
+a number for s_init, x_ref is not stored: a step adds sum(s_new) * delta_new - sum(s_old) * delta_old, which keeps what
+users do to their weights between steps. With s_init="auto", the default, a step is x = x + sum(s) * u instead, and the
+bets are on the displacement of the weights: delta = (x - x_ref) / sum(s), with x_ref stored (`_auto.py`). The file
+`docs/deviations.md` lists where this differs from other implementations, and why.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
 
     Example:
         >>> import torch
-        >>> params = Config(betas=(0.9, 0.99)).tune_params
+        >>> params = Config(betas=(0.9, 0.99), s_init=1e-8).tune_params
         >>> state = tune(TunerState(*torch.zeros(4, 1, 2)), torch.tensor([[-3.0, 0.0, 1.0, 1.0]]), params)
         >>> state.max_product.tolist(), f"{state.scales.sum():.0e}"
         ([[3.0, 3.0]], '1e-08')
@@ -157,8 +157,8 @@ class Mechanic(Optimizer):
             advance.step(skip, skipper)
             if tuner.seeks or work.is_new:  # the first scale, or the search begins again
                 learned = tuner.first_scale(learned, work, bet, base, unchanged)
-            advance.move(learned.scales(old), skip)
-        record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned)
+            update = advance.move(learned.scales(old), skip)
+        record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned, update)
         work.commit(record, learned.restarted)
         self._mechanic_watch.after_step(tuner, work, skip, can_sync=base.can_sync)
         return base.loss
@@ -240,9 +240,9 @@ class Mechanic(Optimizer):
     def learned_lr(self) -> list[float]:
         """Return, for each parameter group, the lr to give to the plain base optimizer, for a run like this one.
 
-        It is the lr at which the same schedule sums to the same, over the steps so far: max(lr) * sum(scale * lr) /
-        sum(lr), that is, the average of the scale, weighted by the schedule. Groups that share a scale are in
-        proportion to their "initial_lr", which schedulers set, or else to their lr. Syncs.
+        At this lr, the same schedule has the same sum of learning rates over the steps so far: max(lr) * sum(scale *
+        lr) / sum(lr), which is max(lr) times the average of the scale, weighted by the schedule. The lrs of groups that
+        share a scale are in proportion to their "initial_lr", which schedulers set, or else to their lr. Syncs.
 
         Example:
             >>> import torch
@@ -254,8 +254,9 @@ class Mechanic(Optimizer):
         return self.mechanic_tuner.learned_lr()
 
     def reset(self) -> None:
-        """Start the tuner and the sums of updates again from the current weights: a new task, new data.
+        """Forget what was learned, and start again from the current weights: for another task.
 
+        With s_init="auto" a change of the data alone needs no reset: the next step starts from the weights as they are.
         The base's own state, such as momentum, stays. The counts of steps and of skipped steps begin again, too.
         """
         for state in self.state.values():
@@ -265,12 +266,12 @@ class Mechanic(Optimizer):
         self._mechanic_watch.restart()
 
     def freeze_scale(self) -> None:
-        """Stop adapting: from now on a step is the base's own, at lr times the present scale, and costs what that does.
+        """Stop adapting: from now on a step is a plain one of the base, at lr times the present scale, at its cost.
 
-        What is kept up: the counts, `learned_lr()`, and `skip_nonfinite`, which costs a pass over the gradients and a
-        sync (and a sum over the processes, if they share the tuner). Schedules and changes of lr go on to work,
-        and nothing but lr moves the effective lr, `max_lr` included. A step that raises is not undone. Checkpoints hold
-        that the scale is frozen; `reset()` unfreezes. Of several processes, all must freeze. Syncs.
+        The counts, `learned_lr()` and `skip_nonfinite` keep working; the latter costs a pass over the gradients and a
+        sync (and a sum over the processes, if they share the tuner). Schedules and changes of lr keep working, and only
+        lr moves the effective lr: `max_lr` does not. A step that raises is not undone. Checkpoints hold the frozen
+        scale; `reset()` unfreezes. All processes must freeze at the same step. Syncs.
 
         Raises:
             ValueError: no scale has been learned yet; a parameter group has no lr; the updates of the base are not in
@@ -293,7 +294,7 @@ class Mechanic(Optimizer):
         self.mechanic_tuner.freeze(type(self).__name__, self.mechanic_base.__name__)
 
     def unfreeze_scale(self) -> None:
-        """Learn the scale again, from what it and the sums of updates were when it was frozen. No weight jumps."""
+        """Learn the scale again, from the tuner's state when it was frozen. No weight jumps."""
         self.mechanic_tuner.unfreeze()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -304,7 +305,7 @@ class Mechanic(Optimizer):
         Raises:
             ValueError: the group asks for `differentiable=True`, or for several iterations a step without a line search
                 (LBFGS); it holds a `DTensor` of partial sums; or with `per_group`, the scales are frozen.
-            TypeError: weights are of a class without copies and differences, such as 8-bit ones.
+            TypeError: weights are of a class that cannot be copied and subtracted, such as 8-bit ones.
         """
         who = type(self).__name__
         if self.param_groups:
@@ -335,21 +336,21 @@ class Mechanic(Optimizer):
         Args:
             state_dict: the checkpoint.
             *args: passed on to the base.
-            tuner: "fresh" keeps all of a checkpoint but what was learned by the tuner, which starts again: for other
-                options than those it was saved with.
+            tuner: "fresh" keeps all of a checkpoint except the tuner, which starts again: for other options than those
+                it was saved with.
             **kwargs: passed on to the base.
 
         Raises:
             ValueError: this is no checkpoint of an optimizer; or it does not fit: its tuner has another number of
-                betas, another kind of s_init or another `per_group`, or it holds what no run can have written. Nothing
-                is changed.
+                betas, another kind of s_init or another `per_group`, or it holds impossible numbers. Nothing is
+                changed.
 
         Example:
             >>> import torch
             >>> from mechanic_pytorch import mechanize
             >>> params = [torch.zeros(3, requires_grad=True)]
             >>> saved = mechanize(torch.optim.SGD, s_init=1e-8)(params, lr=1.0).state_dict()
-            >>> mechanize(torch.optim.SGD, s_init="auto")(params, lr=1.0).load_state_dict(saved, tuner="fresh")
+            >>> mechanize(torch.optim.SGD)(params, lr=1.0).load_state_dict(saved, tuner="fresh")
         """
         with checked(self, self.mechanic_config, state_dict, tuner) as fitting:
             super().load_state_dict(fitting, *args, **kwargs)

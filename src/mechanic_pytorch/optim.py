@@ -12,8 +12,8 @@ Example:
     >>> mechanic_pytorch.optim.AdamW is mechanic_pytorch.mechanize(torch.optim.AdamW)
     True
     >>> params = [torch.zeros(3, requires_grad=True)]
-    >>> optimizer = mechanic_pytorch.optim.AdamW(params, lr=1.0, betas=(0.8, 0.99), mechanic_s_init="auto")
-    >>> type(optimizer) is mechanic_pytorch.mechanize(torch.optim.AdamW, s_init="auto")
+    >>> optimizer = mechanic_pytorch.optim.AdamW(params, lr=1.0, betas=(0.8, 0.99), mechanic_max_lr=1e-2)
+    >>> type(optimizer) is mechanic_pytorch.mechanize(torch.optim.AdamW, max_lr=1e-2)
     True
 """
 

@@ -25,7 +25,7 @@ from pytorch_optimizer.optimizer.utils.graft import SGDGraft
 from pytorch_optimizer.optimizer.utils.partition import BlockPartitioner, PreConditionerType
 from pytorch_optimizer.optimizer.utils.preconditioner import PreConditioner
 
-from helpers import assert_identical, delta_of, environment_of_tests
+from helpers import assert_identical, environment_of_tests, stored_of
 from mechanic_pytorch import Mechanic, is_mechanized, mechanize
 from problems import full_loss, loss_of, mlp, train
 
@@ -127,11 +127,12 @@ def resumed(tmp_path_factory):
     return directory, uninterrupted
 
 
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
 @pytest.mark.parametrize("name", CASES)
-def test_it_trains_from_any_of_these_bases(name):
+def test_it_trains_from_any_of_these_bases(name, s_init):
     """Measured after 200 steps from a loss of 2.3: 0.03 (SOAP) to 0.20 (ScheduleFreeSGD, in train mode)."""
     with CASES[name].stance():
-        model, optimizer = CASES[name].build()
+        model, optimizer = CASES[name].build(mechanic_s_init=s_init)
         start = full_loss(model)
         train(model, optimizer, 200)
     assert full_loss(model) < 0.25 * start
@@ -236,8 +237,8 @@ def test_torchao_keeps_its_state_quantized_and_ours_exact(name):
         other.load_state_dict(optimizer.state_dict())
     for o, p in ((optimizer, model[0].weight), (other, other.param_groups[0]["params"][0])):
         assert type(o.state[p]["exp_avg"]).__name__.startswith("OptimState")
-        assert delta_of(o, p).dtype == torch.float32
-        assert type(delta_of(o, p)) is torch.Tensor
+        assert stored_of(o, p).dtype == torch.float32
+        assert type(stored_of(o, p)) is torch.Tensor
 
 
 @pytest.mark.parametrize("name", TORCHAO)

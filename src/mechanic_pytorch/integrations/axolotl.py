@@ -21,8 +21,8 @@ class MechanicPlugin(BasePlugin):
     """Mechanize the optimizer that the configuration names, and log `effective_lr`.
 
     The trainer builds it as it always does: with its own parameter groups, arguments and schedule. Options of
-    `mechanize` stand in the configuration under names that begin with `mechanic_`; `mechanic_s_init` is "auto" if it is
-    not given, so that `learning_rate` makes no difference.
+    `mechanize` stand in the configuration under names that begin with `mechanic_`. `learning_rate` makes no difference,
+    unless `mechanic_s_init` is a number.
 
     Raises:
         TypeError: an option is of the wrong kind or does not exist; the optimizer is no class of its own but a factory,
@@ -37,8 +37,7 @@ class MechanicPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Take the options from the configuration as it was written: axolotl then drops keys that it does not know."""
-        given = {key: value for key, value in cfg.items() if key.startswith("mechanic_")}
-        self._options = {"mechanic_s_init": "auto", **given}
+        self._options = {key: value for key, value in cfg.items() if key.startswith("mechanic_")}
         params = [torch.zeros(1, requires_grad=True)]
         mechanize(torch.optim.SGD)(params, lr=1.0, **self._options)  # refuses mistakes before a model is loaded
 

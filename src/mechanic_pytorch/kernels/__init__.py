@@ -5,13 +5,13 @@ share a device, and their parameters a dtype; `stored` are float32 (float64 for 
 nothing of parameter groups, optimizer state, sharding or the tuner.
 
 What is stored for each parameter is one of two things: `delta`, the sum of the base's updates (Algorithm 1), or
-`x_ref`, from which the way to the parameter is measured (plain steps, `s_init="auto"`).
+`x_ref`, from which the displacement of the parameter is measured (plain steps, `s_init="auto"`).
 
 `measure(params, grads, stored, before)` returns the four sums that the tuner needs, as one tensor of shape (4,) in the
 dtype of `stored`: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors, so
 they may be added over buckets, devices and shards. `before` is None, or tensors like `params` that it fills with their
-values on the way, for `move`. With `plain=True` it takes `stored` for x_ref, and for delta the way
-`x + compensation - x_ref`.
+values on the way, for `move`. With `plain=True` it takes `stored` for x_ref, and the displacement
+`x + compensation - x_ref` for delta, of which it also returns `|delta|^2`; shape (5,).
 
 `move(params, before, stored, compensations, scales)` is called after the base optimizer has turned `before` into
 `params`. It changes these in place, and nothing else (`arguments.py` says what scales are):
@@ -25,6 +25,8 @@ given, it takes `stored` for x_ref, and the step is plain:
 
     params = before + scales.new * update
     x_ref  = x_ref + scales.follow * (before - x_ref)
+
+and `|update|^2` is returned, summed over all tensors, shape (), in the dtype of `stored`; else None.
 
 The scales are tensors of shape (). `compensations` is None, or, for parameters of less than 32 bits, one tensor per
 parameter that holds what rounding took from it (Kahan): it is added back before the move and renewed after it. A
@@ -66,7 +68,7 @@ class Kernel(Protocol):
         compensations: Tensors | None = None,
         plain: bool = False,
     ) -> Tensor:
-        """Return the four sums, and fill `before`."""
+        """Return the sums, and fill `before`."""
         ...
 
     def move(
@@ -76,8 +78,8 @@ class Kernel(Protocol):
         stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
-    ) -> None:
-        """Rescale the base's step, in place."""
+    ) -> Tensor | None:
+        """Rescale the base's step, in place; return |update|^2 if it is plain."""
         ...
 
 
@@ -96,8 +98,8 @@ class SteppingKernel(Kernel, Protocol):
         stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
-    ) -> None:
-        """Make the base's step and rescale it, in place."""
+    ) -> Tensor | None:
+        """Make the base's step and rescale it, in place; return |update|^2 if it is plain."""
         ...
 
 
@@ -146,7 +148,7 @@ def select(device: torch.device, *, has_memory: bool = True) -> Kernel:
 
 
 def in_use(device: torch.device) -> str:
-    """Return the name of the kernel that does the work on a device, and why, if another one should."""
+    """Return the name of the kernel that is used on a device; if it replaces one that failed, also why."""
     kernel = select(device)
     if isinstance(kernel, Checked):
         failure = kernel.failures.get(device)

@@ -32,7 +32,7 @@ def measure(
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     dtype = stored[0].dtype
     converts = any([t.dtype != dtype for tensors in (params, grads) for t in tensors])  # noqa: C419  # see are_contiguous
     sums = []
@@ -47,8 +47,9 @@ def measure(
             delta = x - delta
             if compensations is not None:
                 delta += _line(others[-1])
-        sums += [delta.dot(g), delta.dot(x), g.dot(g), x.dot(x)]
-    return torch.stack(sums).view(-1, 4).sum(0) if sums else stored[0].new_zeros(4)
+        sums += [delta.dot(g), delta.dot(x), g.dot(g), x.dot(x), *([delta.dot(delta)] if plain else [])]
+    width = 5 if plain else 4
+    return torch.stack(sums).view(-1, width).sum(0) if sums else stored[0].new_zeros(width)
 
 
 def move(
@@ -57,14 +58,16 @@ def move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Rescale the base optimizer's step from `before` to `params`, in place."""
+) -> Tensor | None:
+    """Rescale the base optimizer's step from `before` to `params`, in place; return |update|^2 if it is plain."""
     lists = [params, before, stored, *([] if compensations is None else [compensations])]
+    squares = []
     for _, xs, starts, *ours in _blocks(*lists, small=SMALL):
         if isinstance(xs, Tensor) and compensations is None:
-            _move_slice(xs - starts, starts, ours[0], scales, out=xs)
+            squares.append(_move_slice(xs - starts, starts, ours[0], scales, out=xs))
         else:
-            _move_pack(_line(xs), _line(starts), xs, *ours, scales=scales)
+            squares.append(_move_pack(_line(xs), _line(starts), xs, *ours, scales=scales))
+    return foreach.added(squares, scales, like=stored)
 
 
 def step_and_move(
@@ -74,18 +77,19 @@ def step_and_move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Make the base's step and rescale it, in place."""
+) -> Tensor | None:
+    """Make the base's step and rescale it, in place; return |update|^2 if it is plain."""
     lists = [params, grads, stored, *([] if compensations is None else [compensations])]
     n, scratch = len(lists), torch.empty(BLOCK, dtype=params[0].dtype)
     shrink, rest = rule.without_decay()
+    squares: list[Tensor | None] = []
     for indices, *parts in _blocks(*lists, *rule.states, small=SMALL_STEP if compensations is None else SMALL):
         (xs, gs, *ours), states = parts[:n], [_tensors(part) for part in parts[n:]]
         if compensations is not None:
             start = _line(xs)
             after = start.clone()
             rule.apply(_unpacked(after, _tensors(xs)), _tensors(gs), states, indices)
-            _move_pack(after, start, xs, *ours, scales=scales)
+            squares.append(_move_pack(after, start, xs, *ours, scales=scales))
             continue
         factor = 1.0 if shrink is None else -shrink
         line = torch.mul(xs, factor, out=scratch[: len(xs)]) if isinstance(xs, Tensor) else _packed(xs).mul_(factor)
@@ -98,8 +102,10 @@ def step_and_move(
             _sgd(xs, updates, ks, lr=scales.old - scales.new)
             _sgd(xs, updates, (), lr=-scales.old)
         else:
+            squares.append(line.dot(line))
             _renew(ks, updates, xs, scales.follow)
             _sgd(xs, updates, (), lr=-scales.new)
+    return foreach.added(squares, scales, like=stored)
 
 
 def can_step(params: Tensors, *others: Tensors) -> bool:
@@ -115,13 +121,14 @@ def _sgd(xs: tuple[Tensor, ...], updates: tuple[Tensor, ...], deltas: tuple[Tens
     torch._fused_sgd_(xs, updates, deltas, lr=lr, momentum=1.0 if deltas else 0.0, **options)  # type: ignore[call-overload]
 
 
-def _move_slice(update: Tensor, start: Tensor, stored: Tensor, scales: Scales, out: Tensor) -> None:
+def _move_slice(update: Tensor, start: Tensor, stored: Tensor, scales: Scales, out: Tensor) -> Tensor | None:
     if scales.follow is None:
         torch.addcmul(start, stored, scales.new - scales.old, out=out)
         out.addcmul_(update, scales.new)
     else:
         torch.addcmul(start, update, scales.new, out=out)
     _renew((stored,), (update,), (start,), scales.follow)
+    return None if scales.follow is None else update.dot(update)
 
 
 def _renew(
@@ -142,17 +149,18 @@ def _move_pack(
     compensations: Part | None = None,
     *,
     scales: Scales,
-) -> None:
+) -> Tensor | None:
     line_stored = _line(stored)
     if compensations is not None:
         compensation = _line(compensations)
-        for_loop.move([after], [start], [line_stored], [compensation], scales)
+        squares = for_loop.move([after], [start], [line_stored], [compensation], scales)
         for line, to in [(after, xs), (line_stored, stored), (compensation, compensations)]:
             if line is not to:
                 _copy(to, line if isinstance(to, Tensor) else _unpacked(line, to))
-        return
+        return squares
     xs, stored = cast("tuple[Tensor, ...]", xs), cast("tuple[Tensor, ...]", stored)
     update = after.sub_(start)
+    squares = None if scales.follow is None else update.dot(update)
     pieces = _unpacked(update, xs)  # they share its memory
     _renew(stored, pieces, _unpacked(start, xs), scales.follow)
     update.mul_(scales.new)
@@ -160,6 +168,7 @@ def _move_pack(
         update.addcmul_(line_stored, scales.new - scales.old)
     update.add_(start)
     torch._foreach_copy_(xs, pieces)
+    return squares
 
 
 def _blocks(*lists: Tensors, small: int) -> Iterator[tuple[Any, ...]]:

@@ -54,10 +54,10 @@ class Checked:
 
         def call(kernel: Any, params: Any, grads: Any, stored: Any, before: Any, compensations: Any) -> Any:
             sums = kernel.measure(params, grads, stored, before, compensations, plain)
-            g, x = sums[2:].sqrt()
+            g, x, *way = sums[2:].sqrt()
             delta = torch.stack(torch._foreach_norm(stored)).norm() + x  # its length, or a bound of it
             cosines = sums[:2] / torch.stack([delta * g, delta * x]).clamp_min(1e-30)  # 0 but for rounding, or not
-            return [*(before or []), g, x, torch.cat([cosines, torch.ones_like(cosines)])]
+            return [*(before or []), g, x, *way, torch.cat([cosines, torch.ones_like(cosines)])]
 
         kernel = self._chosen(("measure", plain), lists, call)
         sums: Tensor = kernel.measure(params, grads, stored, before, compensations, plain)
@@ -70,15 +70,16 @@ class Checked:
         stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
-    ) -> None:
-        """Rescale the base optimizer's step from `before` to `params`, in place."""
+    ) -> Tensor | None:
+        """Rescale the base optimizer's step from `before` to `params`, in place; return |update|^2 if it is plain."""
 
         def call(kernel: Any, params: Any, before: Any, stored: Any, compensations: Any) -> list[Tensor]:
-            kernel.move(params, before, stored, compensations, _shown(scales))
-            return _results(params, stored, compensations)
+            squares = kernel.move(params, before, stored, compensations, _shown(scales))
+            return [*_results(params, stored, compensations), *([] if squares is None else [squares.sqrt()])]
 
         kernel = self._chosen(("move", scales.follow is None), [params, before, stored, compensations], call)
-        kernel.move(params, before, stored, compensations, scales)
+        squares: Tensor | None = kernel.move(params, before, stored, compensations, scales)
+        return squares
 
     def step_and_move(
         self,
@@ -88,20 +89,22 @@ class Checked:
         stored: Tensors,
         compensations: Tensors | None,
         scales: Scales,
-    ) -> None:
-        """Make the base's step and rescale it, in place."""
+    ) -> Tensor | None:
+        """Make the base's step and rescale it, in place; return |update|^2 if it is plain."""
         options = rule.options
 
         def call(kernel: Any, params: Any, grads: Any, stored: Any, compensations: Any, *states: Any) -> list[Tensor]:
             steps_at_all = {"found_inf": torch.zeros_like(options["found_inf"])} if "found_inf" in options else {}
             here = rule._replace(states=states, options={**options, **steps_at_all})
-            kernel.step_and_move(here, params, grads, stored, compensations, _shown(scales))
-            return [*_results(params, stored, compensations), *(t for state in states for t in state)]
+            squares = kernel.step_and_move(here, params, grads, stored, compensations, _shown(scales))
+            more = [] if squares is None else [squares.sqrt()]
+            return [*_results(params, stored, compensations), *more, *(t for state in states for t in state)]
 
         flags = options.get("nesterov"), options["maximize"], options.get("grad_scale") is None
         lists = [params, grads, stored, compensations, *rule.states]
         kernel = self._chosen(("step_and_move", rule.function, flags, scales.follow is None), lists, call)
-        kernel.step_and_move(rule, params, grads, stored, compensations, scales)
+        squares: Tensor | None = kernel.step_and_move(rule, params, grads, stored, compensations, scales)
+        return squares
 
     def can_step(self, params: Tensors, *others: Tensors) -> bool:
         """Return True if `step_and_move` can be called."""
@@ -144,7 +147,7 @@ class Checked:
         warnings.warn(
             f"mechanic_pytorch: the kernel {self.name!r} cannot be trusted on {device}, and the run goes on with "
             f"'foreach', which is slower. Got {self.failures[device]}. Remedy: where a C compiler is missing, which "
-            "Triton needs, install one; set MECHANIC_KERNEL=foreach to be rid of this warning; report what else it is.",
+            "Triton needs, install one; set MECHANIC_KERNEL=foreach to silence this warning; report any other cause.",
             stacklevel=2,
         )
 

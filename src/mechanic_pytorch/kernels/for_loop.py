@@ -14,13 +14,14 @@ def measure(
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
-    sums = stored[0].new_zeros(4)
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
+    sums = stored[0].new_zeros(5 if plain else 4)
     for i, (x, g, delta) in enumerate(zip(params, grads, stored, strict=True)):
         x, g = x.to(delta.dtype), g.to(delta.dtype)
         if plain:
             delta = x - delta if compensations is None else x - delta + compensations[i].to(delta.dtype)
-        sums += torch.stack([(delta * g).sum(), (delta * x).sum(), (g * g).sum(), (x * x).sum()])
+        products = [delta * g, delta * x, g * g, x * x, *([delta * delta] if plain else [])]
+        sums += torch.stack([product.sum() for product in products])
     if before is not None:
         torch._foreach_copy_(list(before), list(params))
     return sums
@@ -32,8 +33,9 @@ def move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Rescale the base optimizer's step from `before` to `params`, in place."""
+) -> Tensor | None:
+    """Rescale the base optimizer's step from `before` to `params`, in place; return |update|^2 if it is plain."""
+    squares = stored[0].new_zeros(())
     for i, (x, x_before, ours) in enumerate(zip(params, before, stored, strict=True)):
         start = x_before.to(ours.dtype)
         update = x.to(ours.dtype) - start
@@ -42,6 +44,7 @@ def move(
             ours += update
         else:
             step = scales.new * update
+            squares += (update * update).sum()
             ours += scales.follow * (start - ours)
         if compensations is None:
             x.copy_(start + step)
@@ -56,3 +59,4 @@ def move(
             still = step == 0
             x.copy_(torch.where(still, x_before, x))
             compensations[i].copy_(torch.where(still, lost, rest))
+    return None if scales.follow is None else squares

@@ -22,7 +22,7 @@ def measure(
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     more = [] if compensations is None or not plain else [compensations]
     sums = [_measure(*lists, plain=plain) for lists in _chunks(params, grads, stored, *more)]
     if before is not None:
@@ -36,10 +36,10 @@ def move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Rescale the base optimizer's step from `before` to `params`, in place."""
-    for lists in _chunks(params, before, stored, *([] if compensations is None else [compensations])):
-        _move(*lists, scales=scales)
+) -> Tensor | None:
+    """Rescale the base optimizer's step from `before` to `params`, in place; return |update|^2 if it is plain."""
+    lists = [params, before, stored, *([] if compensations is None else [compensations])]
+    return added([_move(*chunk, scales=scales) for chunk in _chunks(*lists)], scales, like=stored)
 
 
 def step_and_move(
@@ -49,8 +49,8 @@ def step_and_move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Make the base's step and rescale it, in place."""
+) -> Tensor | None:
+    """Make the base's step and rescale it, in place; return |update|^2 if it is plain."""
     before = [x.clone() for x in params]
     if not torch.compiler.is_compiling():
         rule.apply(params, grads, rule.states, range(len(params)))
@@ -59,7 +59,14 @@ def step_and_move(
         if not isinstance(lr, Tensor):  # a backend that takes numbers compiles it once, and not again for each new one
             lr = torch.full((), lr, dtype=torch.float64)
         rule._replace(options={**rule.options, "lr": lr}).apply_traced(params, grads)
-    move(params, before, stored, compensations, scales)
+    return move(params, before, stored, compensations, scales)
+
+
+def added(squares: Sequence[Tensor | None], scales: Scales, like: Tensors) -> Tensor | None:
+    """Return the sum of squares, shape (), in the dtype of `like`, if a step by these scales is plain; else None."""
+    if scales.follow is None:
+        return None
+    return torch.stack([like[0].new_zeros(()), *[each for each in squares if each is not None]]).sum()
 
 
 def can_step(*lists: Tensors) -> bool:
@@ -105,8 +112,12 @@ def _measure(
         torch.stack([(delta * other).sum() for delta, other in zip(deltas, others, strict=True)]).sum()
         for others in (grads, params)
     ]
-    squares = [torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square().sum() for tensors in (grads, params)]
-    return torch.stack([*products, *squares])
+    measured = [grads, params, *([deltas] if plain else [])]
+    return torch.stack([*products, *[_squares(tensors, dtype) for tensors in measured]])
+
+
+def _squares(tensors: Tensors, dtype: torch.dtype) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square().sum()
 
 
 def renew(stored: Tensors, updates: Tensors, starts: Tensors, follow: Tensor | None) -> None:
@@ -124,12 +135,13 @@ def _move(
     compensations: list[Tensor] | None = None,
     *,
     scales: Scales,
-) -> None:
+) -> Tensor | None:
     dtype = stored[0].dtype
     start = [x_before.to(dtype) for x_before in before]
     # Everything large comes first: running out of memory then leaves what is stored as it was.
     update = torch._foreach_sub([x.to(dtype) for x in params], start)
     step = torch._foreach_mul(update, scales.new)
+    squares = None if scales.follow is None else _squares(update, dtype)
     if scales.follow is None:
         torch._foreach_add_(step, torch._foreach_mul(stored, scales.new - scales.old))
     if compensations is None:
@@ -153,3 +165,4 @@ def _move(
         for rest, before_it, stays in zip(start, lost, still, strict=True):
             rest.copy_(torch.where(stays, before_it, rest))
         torch._foreach_copy_(list(compensations), start)
+    return squares

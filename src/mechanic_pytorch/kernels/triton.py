@@ -60,9 +60,9 @@ def measure(
     compensations: Tensors | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, summed over all tensors; shape (4,). Fill `before`."""
+    """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     more = [lists for lists in (before, compensations if plain else None) if lists is not None]
-    sums = []
+    sums, width = [], 5 if plain else 4
     for dtypes, work in _works(
         [params, [g.resolve_neg() for g in grads], stored, *more], [] if before is None else [3]
     ):
@@ -72,10 +72,10 @@ def measure(
             "PLAIN": plain,
             "COMPENSATION": dtypes[-1] if plain and compensations is not None else None,
         }
-        sums.append(stored[0].new_empty(len(work.owners), 4))
+        sums.append(stored[0].new_empty(len(work.owners), width))
         _launch(_measure, work, sums[-1], X=x, G=g, D=ours, **flags, BLOCK=BLOCK)
     if not sums:
-        return stored[0].new_zeros(4)
+        return stored[0].new_zeros(width)
     return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(0, dtype=torch.float64).to(stored[0].dtype)
 
 
@@ -85,9 +85,9 @@ def move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Rescale the base optimizer's step from `before` to `params`, in place."""
-    _move(None, params, before, stored, compensations, scales)
+) -> Tensor | None:
+    """Rescale the base optimizer's step from `before` to `params`, in place; return |update|^2 if it is plain."""
+    return _move(None, params, before, stored, compensations, scales)
 
 
 def step_and_move(
@@ -97,9 +97,9 @@ def step_and_move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
-    """Make the base's step and rescale it, in place."""
-    _move(rule, params, grads, stored, compensations, scales)
+) -> Tensor | None:
+    """Make the base's step and rescale it, in place; return |update|^2 if it is plain."""
+    return _move(rule, params, grads, stored, compensations, scales)
 
 
 def can_step(params: Tensors, *others: Tensors) -> bool:
@@ -128,8 +128,9 @@ def _move(
     stored: Tensors,
     compensations: Tensors | None,
     scales: Scales,
-) -> None:
+) -> Tensor | None:
     """Move to what the base makes of `params` with the gradients `others`; without a rule, it has, from `others`."""
+    squares: list[Tensor] = []
     states = [] if rule is None else rule.states
     lists = [params, others, stored, *states, *([] if compensations is None else [compensations])]
     options: dict[str, Any] = {} if rule is None else rule.options
@@ -146,9 +147,15 @@ def _move(
             "COMPENSATION": None if compensations is None else dtypes[-1],
         }
         flags["BLOCK"] = BLOCK if compensations is None else BLOCK // 2
-        _launch(_step, work, *scales, numbers, rates, *scaler, X=x, OTHER=other, D=ours, **flags)
+        if scales.follow is not None:
+            squares.append(stored[0].new_empty(len(work.owners)))
+        partial = squares[-1] if squares else None
+        _launch(_step, work, *scales, partial, numbers, rates, *scaler, X=x, OTHER=other, D=ours, **flags)
     for weight in params:  # autograd has not seen the kernel write, and could not refuse a graph of the old weights
         torch.autograd.graph.increment_version(weight)
+    if scales.follow is None:
+        return None
+    return torch.cat(squares or [stored[0].new_zeros(1)]).sum(dtype=torch.float64).to(stored[0].dtype)
 
 
 def _numbers(rule: Rule, device: torch.device, n: int) -> tuple[Tensor, Tensor]:
@@ -281,6 +288,7 @@ def _measure(
     delta_x = tl.zeros((BLOCK,), D)
     g_squared = tl.zeros((BLOCK,), D)
     x_squared = tl.zeros((BLOCK,), D)
+    delta_squared = tl.zeros((BLOCK,), D)
     for tail in tl.static_range(2):  # first whole blocks, without a mask, which makes loads wider; then the rest
         for start in range(full if tail else begin, end if tail else full, BLOCK):
             at = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -298,11 +306,15 @@ def _measure(
             delta_x += delta * x
             g_squared += g * g
             x_squared += x * x
-    row = sums + 4 * tl.program_id(0).to(tl.int64)
+            if PLAIN:
+                delta_squared += delta * delta
+    row = sums + (5 if PLAIN else 4) * tl.program_id(0).to(tl.int64)
     tl.store(row, tl.sum(delta_g))
     tl.store(row + 1, tl.sum(delta_x))
     tl.store(row + 2, tl.sum(g_squared))
     tl.store(row + 3, tl.sum(x_squared))
+    if PLAIN:
+        tl.store(row + 4, tl.sum(delta_squared))
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -313,6 +325,7 @@ def _step(
     old_scale,
     new_scale,
     follow,
+    squares,
     constants,
     rates,
     grad_scale,
@@ -341,6 +354,7 @@ def _step(
     old, new = tl.load(old_scale).to(D), tl.load(new_scale).to(D)
     if follow is not None:
         nearer = tl.load(follow).to(D)
+        squared = tl.zeros((BLOCK,), D)
     if RULE is not None:
         keep1, take1 = tl.load(constants).to(D), tl.load(constants + 1).to(D)
         keep2, take2 = tl.load(constants + 2).to(D), tl.load(constants + 3).to(D)
@@ -394,6 +408,8 @@ def _step(
                 _store(stored, ours + update, at, end, tail)
             else:
                 step = new * update
+                inside = tl.where(at < end, update, 0.0) if tail else update
+                squared += inside * inside
                 _store(stored, ours + nearer * (before - ours), at, end, tail)
             if COMPENSATION is None:
                 _store(params, before + step, at, end, tail)
@@ -405,6 +421,8 @@ def _step(
                 still = step == 0
                 _store(params, tl.where(still, before, rounded), at, end, tail)
                 _store(compensations, tl.where(still, lost, target - rounded), at, end, tail)
+    if follow is not None:
+        tl.store(squares + tl.program_id(0), tl.sum(squared))
 
 
 @triton.jit

@@ -84,9 +84,9 @@ _KINDS: dict[str, dict[str, Any]] = {  # how click reads an option, by the type 
 
 
 def _options_of_mechanize(command: Decorated) -> Decorated:
-    """Give the command the options that `Config` declares, with "auto" as the start."""
+    """Give the command the options that `Config` declares."""
     for option in reversed(fields(Config)):
-        name, default = option.name.replace("_", "-"), "auto" if option.name == "s_init" else option.default
+        name, default = option.name.replace("_", "-"), option.default
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default
         if option.type == "bool":
             names = f"--{name}/--no-{name}" if default else f"--{name}"

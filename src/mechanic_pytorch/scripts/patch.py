@@ -42,7 +42,6 @@ def patched(
     base_lr: float | None = None,
     include: Iterable[Named] = (),
     exclude: Iterable[Named] = (),
-    s_init: Any = "auto",
     **options: Any,
 ) -> AbstractContextManager[Sequence[Built]]:
     """Mechanize every optimizer of `torch.optim` that is built inside this context, by any code.
@@ -54,13 +53,12 @@ def patched(
     it; contexts may be nested, and the one entered last decides.
 
     Args:
-        base_lr: None keeps the learning rate of the code, which makes no difference with s_init="auto". A number
+        base_lr: None keeps the learning rate of the code, which makes no difference unless s_init is a number. A number
             replaces it, in proportion: the group with the largest lr gets this one.
         include: further classes to mechanize, or their names: "LBFGS", "package.Class". Names that turn out to be those
             of nothing that was built are warned about at the end.
         exclude: classes to leave plain, or their names.
-        s_init: as for `mechanize`, but "auto" by default.
-        **options: the other options of `mechanize`.
+        **options: the options of `mechanize`.
 
     Returns:
         A context manager. It gives the list of the optimizers built, in order, one `Built` each, which stays readable
@@ -86,7 +84,7 @@ def patched(
         >>> [(one.base.__name__, one.steps, one.script_lrs) for one in built]
         [('AdamW', 20, [0.001])]
     """
-    return _warning(Patch(base_lr, include, exclude, {"s_init": s_init, **options}))
+    return _warning(Patch(base_lr, include, exclude, options))
 
 
 @contextmanager
