@@ -6,9 +6,6 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import falling
-from benchmarks.pages import between_marks
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -83,16 +80,6 @@ def test_each_cell_that_compares_features_has_a_source_and_the_readme_says_the_s
     for name, row in rows_of(read("README.md")).items():
         for peer, cell in row.items():
             assert re.sub(r"\[(.*?)\](?:\[.*?\]|\(.*?\))", r"\1", page[name][peer]) == cell, (name, peer)
-
-
-def test_the_pages_say_what_was_measured_of_the_present_rule():
-    made = falling.tables()
-    marks = 0
-    for name in ("README.md", "docs/index.md", "docs/compare.md", "docs/safety.md"):
-        text = read(name)
-        marks += text.count("<!-- falling: ")
-        assert between_marks(text, "falling", made.get) == text, name
-    assert marks == 4
 
 
 def test_nothing_private_is_in_the_repository():

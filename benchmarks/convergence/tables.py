@@ -107,6 +107,14 @@ def in_short(tables: Sequence[TaskResults], method: str = TEACHER) -> str:
     return markdown_table(["final loss / tuned", "mean", "worst"], rows)
 
 
+def beside_peers(tables: Sequence[TaskResults]) -> str:
+    """Return how each method fares on the networks, the best first."""
+    networks, _ = apart(tables)
+    ranked = sorted((found.mean, method) for method in NAMES if method != LEARNED and (found := over(networks, method)))
+    rows = [[NAMES[method], *cells(networks, method)] for _, method in ranked]
+    return markdown_table(["final loss / tuned", f"{len(networks)} networks, mean", "worst"], rows)
+
+
 def titled(tables: Sequence[TaskResults]) -> dict[str, list[TaskResults]]:
     """Return those of networks and those of linear problems, under what they are called."""
     return dict(zip(("networks", "linear problems"), apart(tables), strict=True))
@@ -259,6 +267,7 @@ def number(value: float | None, form: str) -> str:
 
 TABLES: dict[str, Callable[[Sequence[TaskResults]], str]] = {
     "overview": overview,
+    "beside peers": beside_peers,
     "base rates": base_rates,
     "tasks": every_task,
     "in short": in_short,
