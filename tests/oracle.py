@@ -124,11 +124,12 @@ class AutoOracle:
         way = x - reference
         self.farthest = max(self.farthest, min(norm(way), self.path))
         if not self.is_found and lr > 0:
-            wanted, now = lr * self.s.sum(), self.s.sum()
+            lr_seen, now = max(lr, 1e-6 * self.highest), self.s.sum()
+            wanted = lr_seen * now
             if way @ g < 0 and now >= (1 - 1e-6) * self.peak:
                 wanted = max(wanted, self.loudest)
             wanted = min(wanted, (2 if is_higher else 1) * self.loudest)
-            change = wanted / (lr * now)
+            change = wanted / (lr_seen * now)
             self.r, self.s, self.peak = change * self.r, change * self.s, change * self.peak
         if not self.is_found:
             self.start *= self.highest / highest

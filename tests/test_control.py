@@ -414,6 +414,22 @@ def test_max_lr_is_never_exceeded(base, lr, s_init):
     assert max(seen) > 1.4e-3  # lr has begun to decay before the bound is reached, in some
 
 
+@pytest.mark.parametrize("warm_up", [1, 100])
+@pytest.mark.parametrize(("base", "max_lr"), [("SGD", 1e-3), ("SGD", 1e-2), ("AdamW", 1e-4), ("AdamW", 1e-3)])
+def test_a_search_that_meets_max_lr_stays_there(base, max_lr, warm_up):
+    """The bound falls as lr rises in a warm-up, and may be below the first scale: neither is a fall of the scale."""
+    model = mlp()
+    optimizer = mechanize(getattr(torch.optim, base), max_lr=max_lr)(model.parameters(), lr=1.0)
+    schedule = LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / warm_up))
+    rates = []
+    for t in range(120):
+        train(model, optimizer, 1, first=t)
+        rates.append(optimizer.effective_lr()[0])
+        schedule.step()
+    reached = next(t for t, rate in enumerate(rates) if rate > 0.99 * max_lr)
+    assert min(rates[reached:]) > 0.5 * max_lr
+
+
 def test_a_bound_that_is_not_reached_changes_nothing():
     runs = []
     for max_lr in (None, 1e6):

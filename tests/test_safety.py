@@ -115,3 +115,25 @@ def test_rows_without_gradient_rest_to_the_bit_under_sgd(rows, fused):
         optimizer.step()
         assert torch.equal(model[0].weight[rows], kept[rows]), f"moved in step {t}"
     assert not torch.equal(model[2].weight, other)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.6])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_lr_that_falls_below_all_rounding(base, factor):
+    """It ended no search, and the scale made up for it: until no checkpoint loaded, and then until it was infinite."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 20, generator=generator)
+    y = torch.sin(x @ torch.randn(20, 1, generator=generator)) + 0.1 * torch.randn(512, 1, generator=generator)
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    optimizer = mechanize(base)(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
+    for t in range(160):
+        i = torch.randint(512, (64,), generator=generator)
+        optimizer.zero_grad()
+        (model(x[i]) - y[i]).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        if t in (90, 120, 150):
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.isfinite(torch.nn.utils.parameters_to_vector(model.parameters())).all()

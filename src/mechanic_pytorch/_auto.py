@@ -37,7 +37,7 @@ least
     S = R / (`SHARE` * sqrt(`REST` + n)) / |u|
 
 and that is the new s_init. |u| is an average over the last `RECENT` steps, but at least 1 / `SHORTEST` of the longest
-of late, because updates that are short for a while may be long again; updates of 0 do not count. This is the rule of
+so far, because updates that are short for a while may be long again; updates of 0 do not count. This is the rule of
 DoG (Ivgi, Hinder and Carmon, 2023, arXiv 2302.12022), with the R of a search in place of the distance so far, and
 updates in place of gradients.
 
@@ -80,6 +80,7 @@ RELATIVE = 1e-3  # by how much of their length the first step moves the paramete
 LOWER = 1 - 1e-6  # of the highest lr, or of the largest scale: what is more is rounding
 LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; where it rests, 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for a search to be over
+LEAST_LR = 1e-6  # of the highest: for an lr that falls further no scale makes up
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
 SHARE, REST = 3.0, 40.0  # a step is at least this part of the farthest way: 1 / (SHARE * sqrt(REST + steps at rest))
 RESTING = 8  # the power of lr, as a part of the highest, as which a step at rest counts
@@ -88,7 +89,7 @@ RECENT = 10.0  # steps, over which the length of the base's updates is averaged,
 FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
 LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
-SHORTEST = 10.0  # of the longest update of late: how much less |u| is taken for at least
+SHORTEST = 10.0  # of the longest update so far: how much less |u| is taken for at least
 NOTHING_LOST = 1.0  # the length of an update, in lengths of the weights, that calls for no larger lr
 MOST_LR = 2.0**60  # the largest lr that a base is given
 MOMENTUM = 0.9  # how much of a gradient the base may hold after a step
@@ -206,11 +207,11 @@ def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor)
         loss: <D, g>.
         lr: the largest of this step's.
     """
-    now = lr * scale
+    now = (LEAST_LR * memory.highest).clamp_min(lr) * scale
     wins = (loss < 0) & (scale >= LOWER * memory.peak)
     least = torch.where(wins, memory.loudest, 0.0)
     most = memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0)
-    return torch.where((memory.age == 0) & (now > 0), now.clamp(least, most) / now, 1.0)
+    return torch.where((memory.age == 0) & (lr * scale > 0), now.clamp(least, most) / now, 1.0)
 
 
 def floor(memory: Memory) -> Tensor:

@@ -285,7 +285,10 @@ class Tuner:
         new = _auto.bounded(new, limit)
         if bet.memory is None:
             return Learned(new)
-        learned = _auto.settle(bet, new, bet.memory)
+        memory = bet.memory
+        if limit is not None:  # what the bound takes from a scale is no fall, which would end a search
+            memory = memory._replace(peak=torch.minimum(memory.peak, limit))
+        learned = _auto.settle(bet, new, memory)
         return learned._replace(state=_auto.bounded(learned.state, limit))
 
     def first_scale(self, learned: Learned, work: Work, bet: Bet, base: BaseStep, unchanged: Tensor) -> Learned:
