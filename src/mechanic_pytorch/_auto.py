@@ -294,7 +294,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     is_over = (scale < FOUND * peak) & (memory.farthest > 0) & (~was_found | (peak > FARTHER * least))
     highest = torch.where(is_over & ~was_found, lr, memory.highest)
     reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
-    rest = torch.where(is_over, rest * (memory.reach / reach.clamp_min(tiny)).square(), rest)
+    rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
     memory = memory._replace(highest=highest, reach=reach, rest=rest)
     least = torch.where(is_over, floor(memory), least)
     scale = torch.where(is_over, least, scale)
