@@ -249,9 +249,9 @@ def test_every_method_starts_from_the_same_weights_and_batches(task, tmp_path):
             continue  # is not among the development dependencies, and goes the same way
         spied = []
 
-        def watch(method, task, model, lr, peers, seen=seen):
+        def watch(method, task, model, lr, peers, steps, seen=seen):
             seen.setdefault("weights", []).append([p.tolist() for p in model.parameters()])
-            return build(method, task, model, lr, peers)
+            return build(method, task, model, lr, peers, steps)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(methods, "build", watch)

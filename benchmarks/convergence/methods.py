@@ -42,8 +42,13 @@ FIXED = (
     "d-adaptation",
     "ldog",
     "schedule-free",
+    "prodigy-plus",
+    "prodigy-adv",
+    "momo",
     "adamw@1e-3",
 )
+UNSCHEDULED = ("schedule-free", "prodigy-plus")  # whose lr stays constant, and who must be told when they are judged
+FREE_WARM_UP = 0.05  # of all steps, over which Schedule-Free's authors advise to warm up
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
 METHODS = (GRID, *FIXED, LEARNED)
 NAMES = {  # for tables that people read
@@ -54,6 +59,9 @@ NAMES = {  # for tables that people read
     "d-adaptation": "D-Adaptation",
     "ldog": "LDoG",
     "schedule-free": "Schedule-Free, default lr",
+    "prodigy-plus": "Prodigy plus Schedule-Free",
+    "prodigy-adv": "Prodigy_adv",
+    "momo": "Momo",
     "adamw@1e-3": "AdamW at 1e-3",
     LEARNED: "the plain base at `learned_lr()` of “auto”",
 }
@@ -112,10 +120,16 @@ def matching(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
     return [name for name in names if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
-def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Path) -> torch.optim.Optimizer:
+def build(
+    method: str, task: Task, model: nn.Module, lr: float | None, peers: Path, steps: int
+) -> torch.optim.Optimizer:
     """Return the optimizer of a method. The peers' options are those that their authors advise, where they do."""
+    import momo
     import pytorch_optimizer as po
+    import schedulefree
+    from adv_optm import Prodigy_adv
     from dog import LDoG
+    from prodigyplus import ProdigyPlusScheduleFree
 
     base, decay = po.Muon if task.base == "Muon" else getattr(torch.optim, task.base), task.weight_decay
     options: dict[str, Any] = {"momentum": 0.9} if task.base == "SGD" else {"weight_decay": decay}
@@ -142,7 +156,16 @@ def build(method: str, task: Task, model: nn.Module, lr: float | None, peers: Pa
     if name == "ldog":  # its weight decay is an L2 penalty, another thing, so it goes without
         return LDoG(params, reps_rel=1e-4 if has_batch_norm(model) else 1e-6)
     if name == "schedule-free":
-        return po.ScheduleFreeSGD(params) if task.base == "SGD" else po.ScheduleFreeAdamW(params, **decoupled)
+        warm_up = {"warmup_steps": round(FREE_WARM_UP * steps)}
+        if task.base == "SGD":
+            return schedulefree.SGDScheduleFree(params, **warm_up)
+        return schedulefree.AdamWScheduleFree(params, weight_decay=decay, **warm_up)
+    if name == "prodigy-plus":
+        return ProdigyPlusScheduleFree(params, weight_decay=decay)
+    if name == "prodigy-adv":
+        return Prodigy_adv(params, weight_decay=decay)
+    if name == "momo":
+        return momo.Momo(params, lr=1.0) if task.base == "SGD" else momo.MomoAdam(params, lr=1e-2, weight_decay=decay)
     if method == "adamw@1e-3":
         return torch.optim.AdamW(params, lr=1e-3, weight_decay=decay)
     raise ValueError(f"nothing is called {method!r}. Known: {', '.join(METHODS)}")
@@ -168,7 +191,7 @@ def effective_lr(method: str, optimizer: Any) -> float:
     """Return the learning rate with which a step is made now, NaN where the optimizer does not say."""
     if hasattr(optimizer, "effective_lr"):
         return float(optimizer.effective_lr()[0])
-    if method in ("0.0.1", "ldog"):
+    if method in ("0.0.1", "ldog", "momo"):
         return math.nan
     group = optimizer.param_groups[0]
     return float(group["lr"] * group.get("d", 1.0))
@@ -178,8 +201,8 @@ def train(job: Job, lr: float | None, peers: Path) -> dict[str, Any]:
     """Train once; return what is to be known about it."""
     run = Run(job.task, job.profile, job.seed)
     result: dict[str, Any] = {"start": run.fingerprint()}
-    optimizer = build(job.method, job.task, run.model, lr, peers)
-    scheduled = job.method != "schedule-free"
+    optimizer = build(job.method, job.task, run.model, lr, peers, run.steps)
+    scheduled = job.method not in UNSCHEDULED
     factor = (lambda step: job.task.factor(min(step, run.steps - 1), run.steps)) if scheduled else (lambda step: 1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     kept = {round(i * (run.steps - 1) / (POINTS - 1)) for i in range(POINTS)}
@@ -191,7 +214,7 @@ def train(job: Job, lr: float | None, peers: Path) -> dict[str, Any]:
         if not loss.isfinite() and not all(p.isfinite().all() for p in run.model.parameters()):
             break  # weights that are not finite never become so again
         loss.backward()
-        optimizer.step()
+        optimizer.step(**({"loss": loss.detach()} if job.method == "momo" else {}))
         now = effective_lr(job.method, optimizer)
         peak = now if math.isnan(peak) else max(peak, now)
         if step in kept:
