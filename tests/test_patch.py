@@ -188,6 +188,25 @@ def test_lbfgs_is_mechanized_only_if_named():
         assert is_mechanized(torch.optim.LBFGS(weights(), max_iter=1))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_an_optimizer_of_a_single_number_is_left_plain(shape):
+    """As that of SAC's entropy coefficient, whose loss is linear in it: its lr was 1e9 after 200 steps."""
+    with patched(base_lr=1.0) as built:
+        number = torch.zeros(shape, requires_grad=True)
+        optimizer = torch.optim.Adam((p for p in [number]), lr=3e-4)
+        network = torch.optim.Adam([torch.zeros(2, requires_grad=True)], lr=3e-4)
+    assert type(optimizer) is torch.optim.Adam
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-4]
+    assert is_mechanized(network)
+    assert built[0].reason.startswith("it trains a single number")
+    for _ in range(200):
+        number.grad = torch.ones(shape)
+        optimizer.step()
+    assert -0.061 < number.item() < -0.059
+    with patched(include=["Adam"]):
+        assert is_mechanized(torch.optim.Adam([number]))
+
+
 def test_what_mechanize_refuses_stays_plain_and_works():
     for params in (weights(), iter(weights()), [{"params": iter(weights()), "lr": 0.5}]):
         with patched() as built:

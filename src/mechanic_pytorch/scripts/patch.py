@@ -20,6 +20,7 @@ from threading import RLock
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from mechanic_pytorch._classes import mechanize, with_layout
@@ -47,10 +48,11 @@ def patched(
     """Mechanize every optimizer of `torch.optim` that is built inside this context, by any code.
 
     The optimizer is an instance of the class that was called, and of `Mechanic`. How the class was got hold of makes no
-    difference. Left as they are: third-party optimizers, subclasses of torch's, and LBFGS, which assumes that it owns
-    its steps, unless `include` names them; what is mechanized already; copies and unpickled ones; and what
-    `mechanize` refuses (the entry in the list says why). The context holds for all threads, until the last one leaves
-    it; contexts may be nested, and the one entered last decides.
+    difference. Left as they are: third-party optimizers, subclasses of torch's, LBFGS, which assumes that it owns its
+    steps, and those of a single number, such as a temperature or a multiplier, unless `include` names them; what is
+    mechanized already; copies and unpickled ones; and what `mechanize` refuses (the entry in the list says why). The
+    context holds for all threads, until the last one leaves it; contexts may be nested, and the one entered last
+    decides.
 
     Args:
         base_lr: None keeps the learning rate of the code, which makes no difference unless s_init is a number. A number
@@ -238,6 +240,18 @@ class Patch:
             return "it assumes that it owns its steps; include LBFGS to mechanize it anyway"
         return None
 
+    def reason_by_size(self, base: type[Optimizer], optimizer: Optimizer) -> str | None:
+        """Return why an optimizer of this class and size is left as it is, or None if it is not."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if len(params) != 1 or is_lazy(params[0]) or params[0].numel() != 1:
+            return None
+        if any(_bears(base, name) for name in self.include):
+            return None
+        return (
+            "it trains a single number, such as a temperature or a multiplier, whose loss may fall without end; "
+            f"include {base.__name__} to mechanize it anyway"
+        )
+
     def reason_as_container(self, optimizer: Optimizer) -> str | None:
         """Return that it calls the steps of mechanized optimizers, if these hold all that it holds; else None."""
         if is_torchs(type(optimizer)) or any(_bears(type(optimizer), name) for name in self.exclude):
@@ -394,8 +408,10 @@ def _build(self: Optimizer, params: Any, defaults: dict[str, Any], init: Functio
         try:
             _change_class(self, patch.mechanized(base))
             init(self, params, defaults)
+            reason = patch.reason_by_size(base, self)
         except Exception as refusal:
             reason = str(refusal)
+        if reason is not None:
             self.__class__ = base
             vars(self).clear()
             vars(self).update(attributes)
