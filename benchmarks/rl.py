@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from benchmarks.outside import Row, report
 from benchmarks.pages import markdown_table
@@ -110,4 +111,5 @@ def runs(home: Path, seeds: int) -> Iterator[tuple[Row, Callable[[], Row]]]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as each run has, for what is said of the setting
     report(__doc__, "RL zoo", "DLR-RM/rl-baselines3-zoo", runs, table, seeds=5)
