@@ -55,11 +55,10 @@ def prepare(home: Path) -> None:
         subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
-def run(home: Path, method: str, seed: int) -> Row:
-    """Train, and return the last losses and, mechanized, the learned lr."""
-    mechanized = METHODS[method]
+def train(home: Path, flags: list[str], mechanized: bool, seed: int) -> Row:
+    """Run the script, and return the last losses and, mechanized, the learned lr."""
     with tempfile.TemporaryDirectory() as folder:
-        script = ["train.py", *FLAGS, f"--out_dir={folder}/out"]
+        script = ["train.py", *flags, f"--out_dir={folder}/out"]
         report = ["mechanic", "run", "--report", folder, *script]
         code = SEEDED.format(seed=seed, argv=report if mechanized else script, mechanized=mechanized)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, str(home)]))}
@@ -95,7 +94,7 @@ def runs(home: Path, seeds: int) -> Iterator[tuple[Row, Callable[[], Row]]]:
     """Yield each run."""
     prepare(home)
     for seed, method in product(range(seeds), METHODS):
-        yield {"method": method, "seed": seed}, partial(run, home, method, seed)
+        yield {"method": method, "seed": seed}, partial(train, home, FLAGS, METHODS[method], seed)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ class Results:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
     def shown(self, table: Callable[[list[Row]], str]) -> str:
-        """Return a table of the rows; below it commits and machines, in small print."""
-        facts = sorted({f"commit {row['commit']}; {row['setting']}" for row in self.rows})
+        """Return a table of the rows; below it commits or packages, and machines, in small print."""
+        of = [row.get("packages") or f"commit {row['commit']}" for row in self.rows]
+        facts = sorted({f"{what}; {row['setting']}" for what, row in zip(of, self.rows, strict=True)})
         return f"{table(self.rows)}\n\n<sub>{'; '.join(facts)}.</sub>"
 
 

@@ -27,6 +27,7 @@ URLS = {  # beginnings of paths
     "libsvm/": f"{LIBSVM}/multiclass/",
     "mnist/": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "names/": "https://raw.githubusercontent.com/karpathy/makemore/master/",
+    "sst2/": "https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data/SST2/",
     "tinyshakespeare/": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
     "usps/usps.bz2": f"{LIBSVM}/multiclass/usps.bz2",
 }
@@ -56,6 +57,9 @@ SHA256 = {
     "mnist/train-images-idx3-ubyte.gz": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "mnist/train-labels-idx1-ubyte.gz": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "names/names.txt": "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
+    "sst2/dev.tsv": "eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359",
+    "sst2/test.tsv": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
+    "sst2/train.tsv": "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920",
     "tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     "usps/usps.npz": "499e6a8037eb214a5657cc1b4b5ca3f3b48d929bfa63c9cda57fcd35f52cc947",
 }
