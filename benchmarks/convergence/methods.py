@@ -42,12 +42,14 @@ FIXED = (
     "d-adaptation",
     "ldog",
     "schedule-free",
+    "schedule-free-warm",
     "prodigy-plus",
     "prodigy-adv",
     "momo",
     "adamw@1e-3",
 )
-UNSCHEDULED = ("schedule-free", "prodigy-plus")  # whose lr stays constant, and who must be told when they are judged
+# Their lr stays constant, and they must be told when they are judged.
+UNSCHEDULED = ("schedule-free", "schedule-free-warm", "prodigy-plus")
 FREE_WARM_UP = 0.05  # of all steps, over which Schedule-Free's authors advise to warm up
 PER_GROUP = tuple(f"{family}/{grouping}" for family in ("ours", "ours-auto") for grouping in GROUPINGS)
 METHODS = (GRID, *FIXED, LEARNED)
@@ -59,6 +61,7 @@ NAMES = {  # for tables that people read
     "d-adaptation": "D-Adaptation",
     "ldog": "LDoG",
     "schedule-free": "Schedule-Free, default lr",
+    "schedule-free-warm": "Schedule-Free, warm-up of 5 %",
     "prodigy-plus": "Prodigy plus Schedule-Free",
     "prodigy-adv": "Prodigy_adv",
     "momo": "Momo",
@@ -156,6 +159,8 @@ def build(
     if name == "ldog":  # its weight decay is an L2 penalty, another thing, so it goes without
         return LDoG(params, reps_rel=1e-4 if has_batch_norm(model) else 1e-6)
     if name == "schedule-free":
+        return po.ScheduleFreeSGD(params) if task.base == "SGD" else po.ScheduleFreeAdamW(params, **decoupled)
+    if name == "schedule-free-warm":
         warm_up = {"warmup_steps": round(FREE_WARM_UP * steps)}
         if task.base == "SGD":
             return schedulefree.SGDScheduleFree(params, **warm_up)

@@ -112,7 +112,8 @@ def beside_peers(tables: Sequence[TaskResults]) -> str:
     """Return how ours and the best others fare on the networks, the best first."""
     networks, _ = apart(tables)
     others = (method for method in NAMES if method not in (LEARNED, TEACHER))
-    best = sorted((found.mean, method) for method in others if (found := over(networks, method)))[:PEERS_SHOWN]
+    known = ((method, found) for method in others if (found := over(networks, method)))
+    best = sorted((found.mean, method) for method, found in known if found.tasks == len(networks))[:PEERS_SHOWN]
     ranked = sorted([*best, *((found.mean, TEACHER) for found in [over(networks, TEACHER)] if found)])
     rows = [[NAMES[method], *cells(networks, method)] for _, method in ranked]
     return markdown_table(["final loss / tuned", f"{len(networks)} networks, mean", "worst"], rows)

@@ -27,8 +27,7 @@ step, which an lr that is set by hand from 1e-8 to 1 would exceed.
 
 **Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, so noise alone lets no scale grow. A
 schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end. The scale
-that pays best at the moment is then too small, so losses count half during the search, and after it while the scale is
-below `NEAR` times its floor. Above that only bets that win as much as they lose raise it further.
+that pays best at the moment is then too small, so losses count half.
 
 **Floor** (`settle`). Before it goes too far, the search has gone a distance R = max |D|. From then on a step is at
 least R / (`SHARE` * sqrt(`REST` + n)) long, where n is the number of steps at a resting lr. A step at the part w of the
@@ -43,8 +42,7 @@ DoG (Ivgi, Hinder and Carmon, 2023, arXiv 2302.12022), with the R of a search in
 updates in place of gradients.
 
 Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again,
-which lasts until the scale has fallen to `FOUND` of its largest. R is the farthest |D| of all searches; that of a later
-one counts from where the scale was last below `NEAR` times its floor.
+which lasts until the scale has fallen to `FOUND` of its largest. R is the farthest |D| of all searches.
 
 **Memory** (`settle`). After the search x_ref follows the weights: each step moves it by about the part
 k / (steps since then) of its distance to them, where k is `FOLLOW`.
@@ -81,7 +79,6 @@ from mechanic_pytorch.kernels.arguments import Scales
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 LOWER = 1 - 1e-6  # of the highest lr, or of the largest scale: what is more is rounding
 LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; where it rests, 1
-NEAR = 2.0  # times the floor: up to there, losses count so little, and no search has begun again
 FOUND = 0.75  # of its largest, to which the scale has to fall for a search to be over
 LEAST_LR = 1e-6  # of the highest: for an lr that falls further no scale makes up
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
@@ -105,7 +102,7 @@ class Memory(NamedTuple):
     longest: Tensor  # |x|
     highest: Tensor  # lr; after the search, since its end
     floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
-    peak: Tensor  # the largest scale since a search began: at the start, or where it was last near its floor
+    peak: Tensor  # the largest scale since a search began: at the start, or where it was last at its floor
     age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
@@ -261,8 +258,7 @@ def bet(
     sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:4]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor, 0.0)
-    is_near = (memory.age == 0) | (scale < NEAR * memory.floor)
-    loss_weight = torch.where(is_moving & is_near, LOSS_WEIGHT_MOVING, 1.0).to(decay)
+    loss_weight = torch.where(is_moving, LOSS_WEIGHT_MOVING, 1.0).to(decay)
     params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
     return Bet(state, sums, params, dots, lr, memory, shortened)
 
@@ -304,7 +300,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     scale = torch.where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
     age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
-    begins = is_over | (was_found & (scale <= NEAR * least))
+    begins = is_over | (was_found & (scale <= least / LOWER))
     memory = memory._replace(
         floor=least,
         peak=torch.where(begins, scale, torch.maximum(peak, scale)),
