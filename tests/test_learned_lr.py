@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts
 
+from helpers import set_steps
 from mechanic_pytorch import mechanize
 from problems import full_loss, loss_of, mlp, train
 
@@ -55,6 +56,37 @@ def test_it_stays_over_a_resume_and_a_skipped_step_and_not_over_a_reset():
     assert optimizer.learned_lr() == learned
     optimizer.reset()
     assert optimizer.learned_lr() == [0.0]
+
+
+@pytest.mark.parametrize("s_init", [1e-3, "auto"])
+def test_warm_restarts_are_part_of_the_average(s_init):
+    model = mlp(torch.float64)
+    optimizer = mechanize(torch.optim.AdamW, s_init=s_init)(model.parameters(), lr=1.0)
+    schedule, rates, effective = CosineAnnealingWarmRestarts(optimizer, 20, 2), [], []
+    for t in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        train(model, optimizer, 1, first=t)
+        effective.append(optimizer.effective_lr()[0])
+        schedule.step()
+    assert optimizer.learned_lr() == pytest.approx([sum(effective) / sum(rates)], rel=1e-9)
+
+
+@pytest.mark.parametrize("s_init", [1e-3, "auto"])
+def test_after_a_hundred_million_steps_one_more_still_counts(s_init):
+    """Sums in float32 would stand still at 2^24 = 16.8 million."""
+    model = mlp()
+    optimizer = mechanize(torch.optim.AdamW, s_init=s_init)(model.parameters(), lr=1.0)
+    train(model, optimizer, 60)
+    steps, before = 10**8, optimizer.learned_lr()[0]
+    row = optimizer.param_groups[0]
+    row["mechanic_lr_sums"][:2] *= steps / 60
+    set_steps(optimizer, steps)
+    added = 0.0
+    for t in range(60, 80):
+        train(model, optimizer, 1, first=t)
+        added += optimizer.effective_lr()[0]
+    assert optimizer.learned_lr() == pytest.approx([(steps * before + added) / (steps + 20)], rel=1e-13)
+    assert optimizer.learned_lr()[0] != before
 
 
 def test_a_schedule_by_hand_that_ends_at_zero():

@@ -415,6 +415,45 @@ def test_a_spoiled_checkpoint_is_refused_and_changes_nothing(per_group, data):
     assert not other.scale.any()
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda group, state: group["mechanic_unit"].zero_(),
+        lambda group, state: group["mechanic_unit"].add_(1e30),
+        lambda group, state: group.update(mechanic_scales=group["mechanic_scales"] * (1 + 0j)),
+        lambda group, state: group.update(mechanic_scales=group["mechanic_scales"].half()),
+        lambda group, state: group.update(mechanic_steps=torch.tensor(torch.nan)),
+        lambda group, state: group.update(mechanic_steps=torch.tensor(10.5)),
+        lambda group, state: group.update(lr=torch.nan),
+        lambda group, state: state.update({REFERENCE: state[REFERENCE].to_sparse()}),
+        lambda group, state: state.update({REFERENCE: state[REFERENCE].long()}),
+    ],
+    ids=["no memory", "memory", "complex", "half", "nan steps", "part of a step", "lr", "sparse", "integers"],
+)
+@pytest.mark.parametrize("per_group", [False, True])
+def test_what_no_run_can_have_come_to_is_refused(per_group, spoil):
+    saved, optimizer = trained(per_group)
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(saved)
+    spoil(saved["param_groups"][0], saved["state"][0])
+    with pytest.raises(ValueError, match=r'Remedy: .*load_state_dict\(\.\.\., tuner="fresh"\)\.$'):
+        optimizer.load_state_dict(saved)
+    assert_identical(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"state": []}, {"param_groups": [None]}, {"param_groups": [{"lr": 1.0}]}],
+    ids=["a list of states", "no group", "no params"],
+)
+def test_what_is_no_checkpoint_at_all_is_refused(wrong):
+    saved, optimizer = trained(False)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"Remedy: pass what optimizer.state_dict\(\) returned"):
+        optimizer.load_state_dict({**saved, **wrong})
+    assert_identical(optimizer.state_dict(), before)
+
+
 SPOILED = {}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mechanic_pytorch._auto import Memory
 from mechanic_pytorch._buckets import PER_PARAMETER, slot
 from mechanic_pytorch._config import Config
 from mechanic_pytorch._tuner import (
@@ -87,6 +88,12 @@ def checked(optimizer: Optimizer, config: Config, state_dict: dict[str, Any], tu
         raise ValueError(
             f"{type(optimizer).__name__}: a checkpoint of an optimizer is a dict with 'state' and 'param_groups'. Got "
             f"{got}. Remedy: pass what optimizer.state_dict() returned."
+        )
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not (isinstance(state, Mapping) and all(isinstance(group, Mapping) and "params" in group for group in groups)):
+        raise ValueError(
+            f"{type(optimizer).__name__}: a checkpoint has a dict for 'state', and one with 'params' for each "
+            "parameter group. Got something else. Remedy: pass what optimizer.state_dict() returned."
         )
     state_dict = _without_tuner(state_dict) if tuner == "fresh" else _with_whole_tuner(state_dict, config)
     after_hooks = [state_dict]
@@ -186,7 +193,10 @@ def _check_tuners(
             if value.shape != (len(powers),):
                 hint = "pass mechanize the betas that it was saved with" if key in VECTORS else ""
                 refuse(f"must hold {len(powers)} numbers in {key!r}", f"a tensor of shape {tuple(value.shape)}", hint)
-            if not _is_plausible(value, lowest=0.0, largest=MOST if key == SCALES else math.inf):
+            is_plausible = value.dtype in (torch.float32, torch.float64) and _is_plausible(
+                value, lowest=0.0, largest=MOST if key == SCALES else math.inf
+            )
+            if not is_plausible:
                 refuse(f"must hold numbers from 0 up in {key!r}, of which a run can have come", str(value.tolist()))
         allowed: dict[str, Callable[[float], bool]] = {
             FROZEN_SCALE: lambda x: 0 <= x < MOST,
@@ -198,9 +208,19 @@ def _check_tuners(
             if not isinstance(value, int | float) or not allowed[key](value):
                 refuse(f"must hold a number in {key!r}, of which a run can have come", repr(value))
     counts = [first.get(key) for key in COUNTS]
-    made = [int(count) for count in counts if isinstance(count, Tensor) and count.numel() == 1]
+    made = [int(c) for c in counts if isinstance(c, Tensor) and c.numel() == 1 and c.dtype == torch.int64]
     if len(made) < 2 or not 0 <= made[1] <= made[0]:
         refuse(f"must hold two counts, {COUNTS[0]!r} and {COUNTS[1]!r}", repr(counts))
+    for row in groups if config.per_group else [first]:
+        if MEMORY in row and not row[MEMORY].is_meta:
+            memory, scale = Memory(*row[MEMORY].tolist()), float(row[SCALES].sum())
+            begun = (memory.pace, memory.longest, memory.highest, memory.floor, memory.peak)
+            if (scale > 0 and not all(begun)) or max(memory.age - 1, memory.rest) > made[0]:
+                refuse(f"must hold numbers in {MEMORY!r} that belong to its scale and its steps", str(memory))
+    for group in groups:
+        lr = group.get("lr")
+        if lr is not None and not math.isfinite(lr):
+            refuse("must hold a finite lr in each parameter group", str(lr), "set it in the checkpoint")
 
 
 def _check_stored(
@@ -224,7 +244,7 @@ def _check_stored(
             refuse(f"must hold {key!r} for each parameter that has state of the base", "none for one of them")
         for name in PER_PARAMETER & state.keys():
             value = state[name]
-            if not isinstance(value, Tensor) or value.shape != p.shape:
+            if not isinstance(value, Tensor) or value.shape != p.shape or value.layout is not torch.strided:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 refuse(f"must hold {name!r} in the shape of its parameter, {tuple(p.shape)}", str(got))
             if not _is_plausible(value, lowest=-MOST, largest=MOST):
