@@ -16,7 +16,7 @@ ALLOWED = {
     "_auto": {"_config", "kernels"},
     "_base_step": {"_buckets", "_config", "_torch", "kernels"},
     "_buckets": {"_torch", "_config", "distributed", "kernels"},
-    "_checkpoint": {"_buckets", "_config", "_tuner", "distributed"},
+    "_checkpoint": {"_auto", "_buckets", "_config", "_tuner", "distributed"},
     "_classes": {"_config", "_overloads", "mechanic"},
     "_config": set(),
     "_fused": {"_base_step", "_buckets", "_torch", "distributed", "kernels"},
