@@ -10,6 +10,8 @@ weights moved in steps whose lr was 0.
 Disturbances: a perceptron (64-64-10) on scikit-learn's handwritten digits, batches of 64, 400 steps, while something
 else changes weights, gradients, loss or labels.
 
+Noise: 1000 steps on gradients that are nothing but noise, 200 weights.
+
 Prints Markdown tables, or writes them between the marks `<!-- safety: NAME -->` and `<!-- end -->`. Each row is also
 told on stderr as soon as there is one. Losses are over all the data, means over two seeds of data, weights and batches.
 """
@@ -359,6 +361,38 @@ def disturbed_cells(name: str, base: str, seeds: Sequence[int] = SEEDS) -> list[
     return [name, base, f"{loss(plain)}, lr {lr:.2g}", *map(loss, ours)]
 
 
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+NOISE_STEPS, NOISE_SEEDS = 1000, range(5)
+NOISE_SCHEDULES: dict[str, Callable[[float], float]] = {  # of the part of the run
+    "constant": lambda part: 1.0,
+    "linear": lambda part: 1 - part,
+    "cosine": cosine,
+    "warm-up for a tenth, linear": lambda part: min(10 * part, 1.0) * (1 - part),
+    "warm-up for a half, linear": lambda part: min(2 * part, 2 - 2 * part),
+}
+
+
+def growth_on_noise(base: str, schedule: str, seed: int, rate: Rate) -> float:
+    """Return how many times as long weights are after steps on nothing but noise."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = nn.Parameter(torch.randn(200, generator=generator))
+    start = weights.norm().item()
+    optimizer = build(base, [weights], rate)
+    scheduler = optim.lr_scheduler.LambdaLR(optimizer, lambda t: NOISE_SCHEDULES[schedule]((t + 1) / NOISE_STEPS))
+    for _ in range(NOISE_STEPS):
+        weights.grad = torch.randn(200, generator=generator)
+        optimizer.step()
+        scheduler.step()
+    return finite(weights.norm().item()) / start
+
+
+def noise_cells(base: str, schedule: str) -> list[str]:
+    """Return a row of the table."""
+    grown = [[growth_on_noise(base, schedule, seed, rate) for seed in NOISE_SEEDS] for rate in (AUTO, NUMERIC)]
+    return [base, schedule, *(f"{median(some):.2g}, at most {max(some):.2g}" for some in grown)]
+
+
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +406,7 @@ def main() -> None:
     """Print the tables, or write them into a page."""
     parser = arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="a handful of rows, one seed")
-    parser.add_argument("--only", choices=("schedules", "disturbances"), help="of the two tables")
+    parser.add_argument("--only", choices=("schedules", "disturbances", "noise"), help="of the tables")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="of the schedules' table")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (%(default)s)")
     options = parser.parse_args()
@@ -381,18 +415,22 @@ def main() -> None:
     seeds = range(1 if options.quick else options.seeds)
     small = origin(f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed")
     made = {}
-    if options.only != "disturbances":
+    if options.only in (None, "schedules"):
         runs, rows = {}, []
         for row in QUICK if options.quick else [row for row in ROWS if row.base in options.bases]:
             runs[row] = compare(row, seeds)
             rows.append(tell(cells(row, runs[row])))
         head = ["base", "weight decay", "schedule", "final loss / tuned", "late spike / tuned", "moved at lr 0"]
         made |= {"schedules": f"{markdown_table(head, rows)}\n\n{small}", "summary": summary(runs)}
-    if options.only != "schedules":
+    if options.only in (None, "disturbances"):
         names = QUICK_DISTURBANCES if options.quick else DISTURBANCES
         rows = [tell(disturbed_cells(name, base, seeds)) for name in names for base in DISTURBED]
         head = ["disturbance", "base", "loss, plain tuned", '`s_init="auto"`', "`s_init=1e-8`"]
         made["disturbances"] = f"{markdown_table(head, rows)}\n\n{small}"
+    if options.only == "noise" or (options.only is None and not options.quick):
+        rows = [tell(noise_cells(base, schedule)) for base in DISTURBED for schedule in NOISE_SCHEDULES]
+        head = ["base", "schedule", '`s_init="auto"`', "`s_init=1e-8`"]
+        made["noise"] = f"{markdown_table(head, rows)}\n\n{origin(f'{len(NOISE_SEEDS)} seeds')}"
     print_or_fill(options.fill, "safety", made)
 
 

@@ -1,6 +1,7 @@
 """Layers that take part in turns, or begin late, with one optimizer: `s_init="auto"` beside the tuned base.
 
     python -m benchmarks.turns --fill docs/safety.md
+    python -m benchmarks.turns --only remedy --fill docs/limits.md
 
 Digits, a perceptron of three layers (64-64-64-10), or with two heads, batches of 64, lr constant. The loss is that on
 all digits, the mean of the seeds. The plain base has the best lr of a grid of half decades.
@@ -106,18 +107,35 @@ def row(name: str, base: str, seeds: int) -> list[str]:
     return [name, base, f"{best[0]:.2g}", f"{lr:.1g}", f"{ours:.2g}"]
 
 
+def a_scale_each(params: Sequence[Tensor]) -> Optimizer:
+    """Return mechanized AdamW with a scale for each layer, that is, for each weight and its bias."""
+    groups = [{"params": params[i : i + 2]} for i in range(0, len(params), 2)]
+    return mechanize(torch.optim.AdamW, per_group=True)(groups, lr=1.0)
+
+
+def remedy(name: str, seeds: int) -> list[str]:
+    """Run a task of layers in turns with one scale, and with one for each layer; return a row of the table."""
+    ways: list[Make] = [lambda params: mechanize(torch.optim.AdamW)(params, lr=1.0), a_scale_each]
+    return [name, *(f"{mean_loss(TASKS[name], make, seeds):.2g}" for make in ways)]
+
+
 def main() -> None:
     """Run all tasks."""
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--only", choices=["table", "remedy"], default="table", help="which of the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    runs = list(itertools.product(TASKS, BASES))
-    rows = [row(name, base, args.seeds) for name, base in track(runs, "turns")]
-    head = ["who takes part", "base", "tuned loss", "its lr", '`s_init="auto"`, lr 1']
+    if args.only == "remedy":
+        rows = [remedy(name, args.seeds) for name in track([n for n in TASKS if "in turn," in n], "turns")]
+        head = ["who takes part", "AdamW, one scale", "`per_group=True`, a group for each layer"]
+    else:
+        runs = list(itertools.product(TASKS, BASES))
+        rows = [row(name, base, args.seeds) for name, base in track(runs, "turns")]
+        head = ["who takes part", "base", "tuned loss", "its lr", '`s_init="auto"`, lr 1']
     table = markdown_table(head, rows)
-    print_or_fill(args.fill, "turns", {"table": f"{table}\n\n{origin(f'mean of {args.seeds} seeds')}"})
+    print_or_fill(args.fill, "turns", {args.only: f"{table}\n\n{origin(f'mean of {args.seeds} seeds')}"})
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class AutoOracle:
         self.longest = norm(x) or 1.0
         self.loudest = 1e-3 * self.longest / pace  # effective lr
         self.reach, self.rest, self.is_found = 0.0, 0.0, False
+        self.won = self.noise = 0.0
         self.unit, self.start = 1.0, self.loudest / self.highest
         self.bet_anew(self.start)
         self.time = 0.0
@@ -138,8 +139,11 @@ class AutoOracle:
         h = length * (way @ g / self.s.sum() + decay * norm(g) * (way @ x) / norm(x))
         m, v = np.maximum(self.beta * self.m, abs(h)), self.beta**2 * self.v + h**2
         gain = -self.s * h
-        r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & moves, gain / 2, gain))
         s_init = 1.0 if self.is_found else self.start
+        cosine = way @ g / (norm(way) * norm(g)) if norm(way) * norm(g) > 0 else 0.0
+        self.won, self.noise = 0.99 * self.won - cosine, 0.99**2 * self.noise + cosine**2
+        is_signal = self.s.sum() < 2 * s_init or self.won > 2 * np.sqrt(self.noise)
+        r = np.maximum(0, self.beta * self.r + np.where((gain < 0) & moves & is_signal, gain / 2, gain))
         s = (s_init / len(self.s) * m + r) / np.sqrt(v) if v.all() else self.s
         w = lr / highest if self.is_found else float(lr > 0)
         self.m, self.v, self.r, self.s = (
@@ -162,7 +166,7 @@ class AutoOracle:
             self.peak = max(self.peak, self.s.sum())
             self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
             self.time += w * self.is_found
-            if self.is_found and self.s.sum() <= 1 + 1e-6:
+            if self.is_found and self.s.sum() <= 2:
                 self.peak, self.farthest, self.path = self.s.sum(), 0.0, 0.0
         if self.is_found:
             for i in here:

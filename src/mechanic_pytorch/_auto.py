@@ -27,7 +27,11 @@ step, which an lr that is set by hand from 1e-8 to 1 would exceed.
 
 **Noise** (`bet`). While lr rests at its highest, a loss counts as much as a gain, so noise alone lets no scale grow. A
 schedule that moves lr, up in a warm-up or down from its highest, takes noise out of the weights at its end. The scale
-that pays best at the moment is then too small, so losses count half.
+that pays best at the moment is then too small, so losses count half. But noise alone would grow by that, so it holds
+only below `NEAR` times the floor, or while bets win by more than noise would. With c = -cos(D, g), of which `LATE` is
+kept at each step, they do if
+
+    sum c > `SURELY` * sqrt(sum c^2)
 
 **Floor** (`settle`). Before it goes too far, the search has gone a distance R = max |D|. From then on a step is at
 least R / (`SHARE` * sqrt(`REST` + n)) long, where n is the number of steps at a resting lr. A step at the part w of the
@@ -41,8 +45,9 @@ so far, because updates that are short for a while may be long again; updates of
 DoG (Ivgi, Hinder and Carmon, 2023, arXiv 2302.12022), with the R of a search in place of the distance so far, and
 updates in place of gradients.
 
-Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again,
-which lasts until the scale has fallen to `FOUND` of its largest. R is the farthest |D| of all searches.
+Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again. It
+began where the scale was last below `NEAR` times the floor, and lasts until the scale has fallen to `FOUND` of its
+largest. R is the farthest |D| of all searches.
 
 **Memory** (`settle`). After the search x_ref follows the weights: each step moves it by about the part
 k / (steps since then) of its distance to them, where k is `FOLLOW`.
@@ -78,17 +83,20 @@ from mechanic_pytorch.kernels.arguments import Scales
 
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
 LOWER = 1 - 1e-6  # of the highest lr, or of the largest scale: what is more is rounding
-LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; where it rests, 1
+LOSS_WEIGHT_MOVING = 0.5  # what a step that lost counts, against one that gained, while lr moves; else 1
 FOUND = 0.75  # of its largest, to which the scale has to fall for a search to be over
 LEAST_LR = 1e-6  # of the highest: for an lr that falls further no scale makes up
 FASTEST = 2.0  # by how much a schedule may raise the largest effective lr in a step
 SHARE, REST = 3.0, 40.0  # a step is at least this part of the farthest way: 1 / (SHARE * sqrt(REST + steps at rest))
 RESTING = 8  # the power of lr, as a part of the highest, as which a step at rest counts
+NEAR = 2.0  # times the floor: up to there noise cannot have carried the scale far
+SURELY = 2.0  # standard deviations, by which bets have to win if noise is not to be the reason
 FARTHER = 4.0  # times the floor, to which the scale has to rise for its fall to be the end of a search
 RECENT = 10.0  # steps, over which the length of the base's updates is averaged, once there are so many
 FOLLOW = 0.3  # how closely x_ref follows: the power of time by which the way is forgotten
 LONGER = 3.0  # than the longest gradient of late, from which on a step is shortened
-LATE, ADMITTED = 0.99, 2.0  # how fast the longest gradient is forgotten, and by how much one step may raise it
+LATE = 0.99  # how fast what is of late is forgotten
+ADMITTED = 2.0  # by how much one step may raise the longest gradient, or the longest update
 SHORTEST = 10.0  # of the longest update so far: how much less |u| is taken for at least
 NOTHING_LOST = 1.0  # the length of an update, in lengths of the weights, that calls for no larger lr
 MOST_LR = 2.0**60  # the largest lr that a base is given
@@ -102,7 +110,7 @@ class Memory(NamedTuple):
     longest: Tensor  # |x|
     highest: Tensor  # lr; after the search, since its end
     floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
-    peak: Tensor  # the largest scale since a search began: at the start, or where it was last at its floor
+    peak: Tensor  # the largest scale since a search began: at the start, or where it was last near its floor
     age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
@@ -113,10 +121,13 @@ class Memory(NamedTuple):
     rest: Tensor  # steps at a resting lr since the first
     stride: Tensor  # the longest |u| / lr
     path: Tensor  # the sum of all steps' lengths since `farthest` began
+    won: Tensor  # the sum of -cos(D, g) of late, where it is positive
+    lost: Tensor  # and of cos(D, g)
+    noise: Tensor  # the sum of its square
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -241,6 +252,11 @@ def bet(
     held = torch.maximum(g, MOMENTUM * memory.momentum)
     shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
     gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
+    tiny = torch.finfo(g.dtype).tiny
+    cosine = dots[..., 0] / (way * g).clamp_min(tiny)
+    won = LATE * memory.won - cosine.clamp_max(0.0)
+    lost = LATE * memory.lost + cosine.clamp_min(0.0)
+    noise = LATE**2 * memory.noise + cosine.square()
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
     farthest = torch.maximum(memory.farthest, torch.minimum(way, memory.path))  # edits are no way that was gone
@@ -253,12 +269,16 @@ def bet(
         farthest=farthest,
         floor=torch.where(memory.age > 0, memory.floor, start),
         peak=change * memory.peak,
+        won=won,
+        lost=lost,
+        noise=noise,
     )
     by = torch.where(is_known, shortened / scale, 0.0)
     sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:4]], -1)
     decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
     s_init = torch.where(is_known, memory.floor, 0.0)
-    loss_weight = torch.where(is_moving, LOSS_WEIGHT_MOVING, 1.0).to(decay)
+    is_signal = (scale < NEAR * memory.floor) | (won - lost > SURELY * noise.sqrt())
+    loss_weight = torch.where(is_moving & is_signal, LOSS_WEIGHT_MOVING, 1.0).to(decay)
     params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
     return Bet(state, sums, params, dots, lr, memory, shortened)
 
@@ -287,7 +307,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     change = torch.where(was_found, least / memory.floor, 1.0)
     new, peak = in_units(change, new), change * memory.peak
     scale = new.scales.sum(-1)
-    raised = torch.where(was_found & (scale < least), least / scale, 1.0)
+    raised = torch.where(was_found, (least / scale).clamp_min(1.0), 1.0)
     new, scale = new._replace(scales=raised.unsqueeze(-1) * new.scales), raised * scale
 
     # The end of a search.
@@ -300,7 +320,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     scale = torch.where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
     age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
-    begins = is_over | (was_found & (scale <= least / LOWER))
+    begins = is_over | (was_found & (scale <= NEAR * least))
     memory = memory._replace(
         floor=least,
         peak=torch.where(begins, scale, torch.maximum(peak, scale)),
@@ -381,7 +401,18 @@ def first_scale(
         (ratio == 0) & (memory.loudest == 0), NOTHING_LOST, ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
     )
     memory = memory._replace(loudest=torch.where(seeks, lost, memory.loudest))
-    first = Memory(pace, longest, memory.highest, scale, scale, none, g, g, least, none, none, pace, none, pace, none)
+    first = Memory(*[none] * len(memory))._replace(
+        pace=pace,
+        longest=longest,
+        highest=memory.highest,
+        floor=scale,
+        peak=scale,
+        gradient=g,
+        momentum=g,
+        loudest=least,
+        speed=pace,
+        stride=pace,
+    )
     memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
