@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from mechanic_pytorch.scripts.report import PANELS, digit, dump, log_scale, on_stdout, panels, say, table_of
+from mechanic_pytorch.scripts.sigterm import before_sigterm
 
 TITLES = {"plain": "as it is", "mechanized": "mechanized", "learned": "learned lr"}
 OK, NOT_RUN = "ok", "not run"
@@ -99,15 +100,20 @@ def compare(job: Comparison, training: Iterable[Trained]) -> int:
     try:
         for number, run in enumerate(training):
             runs.append(run)
+            _write(job, runs)  # at once: a SIGTERM may come
             if run.end != OK:
                 status = 1
                 say(f"run {number + 1}, {_name(job, run)}: {run.end}")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    dump(job.directory / "compare.json", {"schema": 1, **_facts(job), "runs": [run.as_json() for run in runs]})
+    _write(job, runs)
     _draw(job.directory / "compare.png", runs)
     _show(job, runs)
     return status
+
+
+def _write(job: Comparison, runs: Sequence[Trained]) -> None:
+    dump(job.directory / "compare.json", {"schema": 1, **_facts(job), "runs": [run.as_json() for run in runs]})
 
 
 def _facts(job: Comparison) -> dict[str, Any]:
@@ -143,7 +149,8 @@ def _train(job: Comparison, kind: str, seed: int, options: Sequence[str]) -> Tra
         ) as process,
     ):
         try:
-            status = process.wait()
+            with before_sigterm(process.terminate):
+                status = process.wait()
         except KeyboardInterrupt:
             process.terminate()
             raise
