@@ -54,7 +54,6 @@ TASKS = {
 METHODS: dict[str, list[str] | None] = {  # options of `mechanic run`, which is not called for None
     "as it is": None,
     "`mechanic run`": [],
-    "`mechanic run --max-lr 0.01`": ["--max-lr", "0.01"],
 }
 EPISODES, EVALUATIONS = 10, 5
 
