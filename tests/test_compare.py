@@ -1,7 +1,6 @@
 """`mechanic compare SCRIPT`: as it is, mechanized, and plainly at the learned lr, side by side."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import pytest
 from matplotlib import image
 
@@ -165,42 +165,29 @@ def test_after_ctrl_c_what_has_ended_is_shown(tmp_path, capsys):
 
 def test_sigterm_ends_the_run_too_and_what_has_ended_is_kept(tmp_path):
     (tmp_path / "script.py").write_text(
-        """import os, pathlib, time
+        """import pathlib, time
 plain = pathlib.Path("plain")
 if not plain.exists():
     plain.touch()
     raise SystemExit
-pathlib.Path("pid.part").write_text(str(os.getpid()))
-os.rename("pid.part", "pid")
+pathlib.Path("mechanized").touch()
 time.sleep(600)
 """,
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "mechanic_pytorch", "compare", "script.py"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while not (tmp_path / "pid").exists():
+        while not (tmp_path / "mechanized").exists():
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         assert process.wait(60) == -signal.SIGTERM
-    child = int((tmp_path / "pid").read_text(encoding="utf-8"))
-    for _ in range(600):
-        if not is_alive(child):
-            break
-        time.sleep(0.1)
-    assert not is_alive(child)
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert children
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in left)  # where nobody waits for orphans
     (run,) = json.loads(next(tmp_path.rglob("compare.json")).read_text(encoding="utf-8"))["runs"]
     assert run["kind"] == "plain"
-
-
-def is_alive(pid):
-    """Return whether there is a process with this number, other than one that nobody has waited for."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text(encoding="utf-8").rsplit(") ", 1)[1][0] != "Z"
 
 
 def test_where_nothing_is_known_the_last_lines_are_shown(tmp_path, capsys):
