@@ -153,6 +153,19 @@ def test_plain_sums_are_of_the_way_gone(kernel, dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype]["rtol"], atol=atol)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_multiplied_before_they_are_squared(kernel, dtype, plain):
+    _, params, grads, stored, _ = problem(dtype)
+    expected = kernel.measure(params, grads, stored, None, None, plain)
+    wide = [
+        g.to(accumulator_of(dtype)) for g in grads
+    ]  # as a loss in 32 bits has them, of whose squares none is finite
+    scale = torch.tensor(2.0**80, dtype=accumulator_of(dtype))
+    actual = kernel.measure(params, [g * scale for g in wide], stored, None, None, plain, scale.reciprocal())
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_compensation_keeps_what_rounding_takes(kernel, dtype):
     """Moves far below the spacing of the weights (4e-3 in bfloat16) arrive where exact arithmetic does."""

@@ -278,7 +278,7 @@ def test_tensors_of_more_than_2_to_the_31_numbers():
     sums = torch.empty(1, 4, device=DEVICE)
     work = kernel.Work(table, torch.zeros(1, dtype=torch.int64, device=DEVICE), False)
     flags = {"COPY": False, "PLAIN": False, "COMPENSATION": None, "BLOCK": kernel.BLOCK}
-    kernel._launch(kernel._measure, work, sums, X=x.dtype, G=x.dtype, D=x.dtype, **flags)
+    kernel._launch(kernel._measure, work, sums, None, X=x.dtype, G=x.dtype, D=x.dtype, **flags)
     torch.testing.assert_close(sums, x.square().sum().expand(1, 4))
 
 
@@ -331,10 +331,11 @@ made = []
 for name, dtype in [("sgd", torch.bfloat16), ("sgd_nesterov", torch.float64), ("adamw_amsgrad", torch.float32)]:
     rule, params, grads, kept, compensations = step_problem(name, dtype, torch.ones(()), torch.ones(()))
     for numbers in [(0.2, 0.5), (0.5, 0.5, 0.1)]:
-        kernel.measure(params, grads, kept, params, compensations, len(numbers) == 3)
+        for factor in (None, torch.ones(())):
+            kernel.measure(params, grads, kept, params, compensations, len(numbers) == 3, factor)
         kernel.move(params, grads, kept, compensations, scales(dtype, *numbers))
         kernel.step_and_move(rule, params, grads, kept, compensations, scales(dtype, *numbers))
-assert len(made) == 18
+assert len(made) == 24
 for i, asm in enumerate(made):
     assert "ld.global.v" in asm["ptx"] and "st.global.v" in asm["ptx"], "whole blocks move 16 bytes at a time"
     assert "fma." not in asm["ptx"], "a product is rounded before it is added"

@@ -50,6 +50,28 @@ def test_a_loss_in_other_units(dtype, factor):
     assert fmean(losses) < 1.1 * fmean(plain_losses(dtype))
 
 
+@pytest.mark.parametrize("kernel", ["blocks", "foreach", "for_loop", "triton"])
+@pytest.mark.parametrize("s_init", ["auto", 1e-8])
+def test_a_loss_scale_of_which_float32_has_no_square(s_init, kernel, monkeypatch, request):
+    """Where gradients are of 32 bits or bfloat16 nothing overflows, so a `GradScaler` doubles its scale for ever."""
+    if kernel == "triton":
+        request.getfixturevalue("triton_kernel")
+    monkeypatch.setenv("MECHANIC_KERNEL", kernel)
+    runs = []
+    for scale in (1.0, 2.0**100):
+        model = mlp()
+        optimizer = mechanize(torch.optim.AdamW, s_init=s_init)(model.parameters(), lr=1.0, fused=True)
+        for t in range(8):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            torch._foreach_mul_([p.grad for p in model.parameters()], scale)
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+            optimizer.step()
+        assert optimizer.skipped_steps == 0
+        runs.append([*model.parameters(), optimizer.scale])
+    assert all(map(torch.equal, *runs)), "a power of two rounds nothing"
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e2])
 def test_a_loss_in_other_units_in_float16(factor):
     model = mlp(torch.float16)

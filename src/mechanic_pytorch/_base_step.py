@@ -109,7 +109,7 @@ class BaseStep:
     def has_bad_gradient(self, work: Work, config: Config, *, like: Tensor) -> Tensor | None:
         """Return whether a gradient is not finite, shape (), for a step that measures nothing; None if nobody asks."""
         if config.skip_nonfinite:
-            return work.total(Bucket.nonfinite, like=like, unscaled=self.unscaled).isfinite().all().logical_not()
+            return work.total(Bucket.nonfinite, like=like, masked=self.masked).isfinite().all().logical_not()
         return None if self.found_inf is None else self.found_inf.to(like.device).reshape(()) > 0
 
     @property
@@ -117,16 +117,15 @@ class BaseStep:
         """Whether the base can be handed a `found_inf`: not by all compilers, which set no attributes of optimizers."""
         return self.reads_found_inf and not torch.compiler.is_compiling()
 
-    def unscaled(self, dots: Tensor) -> Tensor:
-        """Do what a `GradScaler` left to the base, to the sums, shape (..., 4) or (..., 5).
+    def measured(self, bucket: Bucket) -> Tensor:
+        """Return the sums of a bucket, the gradients being divided by what a `GradScaler` has left in them."""
+        return bucket.measure(self.grad_scale)
 
-        Two of them hold g, once and twice, and are divided by the loss scale. All become NaN if the scaler has found an
-        overflow: the step is then skipped, by all processes that add up these sums.
+    def masked(self, dots: Tensor) -> Tensor:
+        """Return the sums, or NaN if a `GradScaler` has found an overflow.
+
+        The step is then skipped, by all processes that add up these sums.
         """
-        if self.grad_scale is not None:
-            inverse = 1.0 / self.grad_scale.to(dots).reshape(())
-            one = torch.ones_like(inverse)
-            dots = dots * torch.stack([inverse, one, inverse * inverse, one, one])[: dots.shape[-1]]
         found = self.found_inf
         return dots if found is None else dots.masked_fill(found.to(dots.device).reshape(()) > 0, torch.nan)
 

@@ -102,10 +102,13 @@ class Bucket:
         self.locals.append(p)
         self.stored.append(ours)
 
-    def measure(self) -> Tensor:
+    def measure(self, grad_scale: Tensor | None) -> Tensor:
         """Return the sums, the gradient being that of what is minimized; shape (4,), or (5,) of plain steps.
 
         Fills `before`, if it is there. Sparse gradients are replaced by dense copies first.
+
+        Args:
+            grad_scale: by which the gradients are still multiplied, any shape of one number, or None.
         """
         self.grads = [grad if grad.layout is torch.strided else grad.to_dense() for grad in self.grads]
         sums = self.kernel.measure(
@@ -115,17 +118,22 @@ class Bucket:
             self.before or None,
             self.compensations or None,
             self.slot == REFERENCE,
+            self._factor(grad_scale),
         )
         return sums if self.sign > 0 else torch.cat([-sums[:1], sums[1:]])
 
-    def measure_update(self, indices: Sequence[int]) -> Tensor:
+    def _factor(self, grad_scale: Tensor | None) -> Tensor | None:
+        return None if grad_scale is None else grad_scale.to(self.stored[0]).reshape(()).reciprocal()
+
+    def measure_update(self, indices: Sequence[int], grad_scale: Tensor | None) -> Tensor:
         """Return `[0, |u|^2, |g|^2, |x|^2, 0]` of the base's update u of some parameters; shape (5,)."""
         nothing, dtype = self.stored[0].new_zeros(()), self.stored[0].dtype
         if not indices:
             return nothing.expand(5)
         x = [self.before[i].to(dtype) for i in indices]
         u = [self.locals[i].to(dtype) - x_before for i, x_before in zip(indices, x, strict=True)]
-        _, _, g_squared, x_squared = self.kernel.measure(x, [self.grads[i] for i in indices], u)
+        grads, factor = [self.grads[i] for i in indices], self._factor(grad_scale)
+        _, _, g_squared, x_squared = self.kernel.measure(x, grads, u, grad_factor=factor)
         return torch.stack([nothing, self.kernel.measure(x, u, u)[0], g_squared, x_squared, nothing])
 
     def nonfinite(self) -> Tensor:
@@ -174,20 +182,20 @@ class Work:
         of_bucket: Callable[[Bucket], Tensor],
         *,
         like: Tensor,
-        unscaled: Callable[[Tensor], Tensor] | None = None,
+        masked: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return sums over all shards of all buckets for each row of the tuner, shape (G, 4), or (G, 5) of plain steps.
 
         Args:
             of_bucket: what to add up: that many numbers, or one.
             like: a tensor with G rows, of the result's dtype and device.
-            unscaled: what a `GradScaler` has left to do to them, in this process.
+            masked: what makes them NaN where a `GradScaler` has found an overflow in this process.
         """
         partial = {shards: like.new_zeros(len(like), self.sums) for shards in [(), *self.shard_groups]}
         for bucket in self.buckets:
             partial[bucket.shard_groups][bucket.row].add_(of_bucket(bucket).to(like))
-        if unscaled is not None:
-            partial = {shards: unscaled(sums) for shards, sums in partial.items()}
+        if masked is not None:
+            partial = {shards: masked(sums) for shards, sums in partial.items()}
         return sum_over_processes(partial, self.shard_groups)
 
     @property
@@ -196,20 +204,22 @@ class Work:
         return {bucket.row for bucket in self.buckets if bucket.newcomers}
 
     def first_lengths(
-        self, of_rows: set[int], *, like: Tensor, unscaled: Callable[[Tensor], Tensor]
+        self, of_rows: set[int], *, like: Tensor, grad_scale: Tensor | None, masked: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return for each row |u| of the update that the base has just made, |g|, and |x| before it, shape (G,).
 
         Args:
             of_rows: where they are of those parameters alone that take part for the first time, in this process.
             like: as for `total`.
-            unscaled: as for `total`.
+            grad_scale: as for `Bucket.measure`.
+            masked: as for `total`.
         """
 
         def measured(bucket: Bucket) -> Tensor:
-            return bucket.measure_update(bucket.newcomers if bucket.row in of_rows else range(len(bucket.params)))
+            indices = bucket.newcomers if bucket.row in of_rows else range(len(bucket.params))
+            return bucket.measure_update(indices, grad_scale)
 
-        _, update, gradient, weights, _ = self.total(measured, like=like, unscaled=unscaled).sqrt().unbind(-1)
+        _, update, gradient, weights, _ = self.total(measured, like=like, masked=masked).sqrt().unbind(-1)
         return update, gradient, weights
 
     def _forget_ways(self, rows: Tensor) -> None:
@@ -244,17 +254,20 @@ class Work:
 
         return self.total(squared, like=scales.new)[:, 0].sqrt()
 
-    def commit(self, record: Callable[[], object], restarted: Tensor | None = None) -> None:
+    def commit(self, recorded: Callable[[], Callable[[], object]], restarted: Tensor | None = None) -> None:
         """Write down a step whose weights have moved, and finish even if interrupted.
 
         Args:
-            record: what `Tuner.recorded` returned.
+            recorded: `Tuner.recorded`, with its arguments.
             restarted: which rows of the tuner have begun again, shape (G,), if any can have.
         """
+        record = None
         try:
+            record = recorded()
             self.store(restarted)
             record()
         except BaseException:
+            record = record or recorded()  # not again once it has written: it would count the step twice
             self.store(restarted)
             record()
             raise

@@ -320,7 +320,7 @@ class Tuner:
             learned,
             learned.memory,
             bet,
-            work.first_lengths(new_rows, like=bet.measured, unscaled=base.unscaled),
+            work.first_lengths(new_rows, like=bet.measured, grad_scale=base.grad_scale, masked=base.masked),
             is_new=on_device(float(i in new_rows) for i in range(len(least))),
             unchanged=unchanged,
             least_ratio=on_device(least),

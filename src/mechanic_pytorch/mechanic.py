@@ -24,7 +24,7 @@ bets are on the displacement of the weights: delta = (x - x_ref) / sum(s), with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechanic_pytorch._base_step import BaseStep, Skipper, TwoPasses, hidden_state
-from mechanic_pytorch._buckets import PER_PARAMETER, Bucket, Work, gather
+from mechanic_pytorch._buckets import PER_PARAMETER, Work, gather
 from mechanic_pytorch._checkpoint import check_group, checked
 from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch._fused import one_pass
@@ -119,10 +119,12 @@ class Mechanic(Optimizer):
         Returns:
             What the base returns, usually the loss that the closure returned, else None.
 
-        On an exception, the parameters and the tuner are restored, and the base's new state is removed. What the base
-        has changed in place, such as momentum, is restored only for a base that requires a closure. With torch's SGD,
-        Adam and AdamW and `fused=True` no copy is made: an interrupt (Ctrl-C) in the middle of a step may leave some
-        weights stepped and others not, as with the plain ones.
+        On an exception, the parameters and the tuner are restored, and the base's new state is removed; or, once all
+        weights have moved, the step is finished first. What the base has changed in place, such as momentum, is
+        restored only for a base that requires a closure. With a number for s_init, an interrupt (Ctrl-C) while weights
+        are moved may leave some of their sums of updates one step ahead. With torch's SGD, Adam and AdamW and
+        `fused=True` no copy is made: an interrupt in the middle of a step may leave some weights stepped and others
+        not, as with the plain ones.
         """
         base = BaseStep(self, self._step_of_base(), closure, args, kwargs)  # evaluates the closure, at x
         work = gather(self.param_groups, self.state, self.mechanic_config, maximize=getattr(self, "maximize", False))
@@ -141,7 +143,7 @@ class Mechanic(Optimizer):
         # Measure: everything at x, before the base moves.
         fused = None if tuner.seeks else one_pass(self, base, work)
         advance = fused or TwoPasses(base, work)
-        dots = work.total(Bucket.measure, like=old.scales, unscaled=base.unscaled)
+        dots = work.total(base.measured, like=old.scales, masked=base.masked)
 
         # Tune.
         bet = tuner.bet(old, dots, base.lr_factors)
@@ -157,9 +159,9 @@ class Mechanic(Optimizer):
             advance.step(skip, skipper)
             if tuner.seeks or work.is_new:  # the first scale, or the search begins again
                 learned = tuner.first_scale(learned, work, bet, base, unchanged)
+            scale = learned.state.scales.sum(-1)
             update = advance.move(learned.scales(old), skip)
-        record = tuner.recorded(learned.state.scales.sum(-1), bet.lr, skip, unchanged, learned, update)
-        work.commit(record, learned.restarted)
+        work.commit(partial(tuner.recorded, scale, bet.lr, skip, unchanged, learned, update), learned.restarted)
         self._mechanic_watch.after_step(tuner, work, skip, can_sync=base.can_sync)
         return base.loss
 
@@ -174,7 +176,7 @@ class Mechanic(Optimizer):
         lr = tuner.largest_lr(base.lr_factors, like=scale)
         base.lr_factors = [a * b for a, b in zip(base.lr_factors, tuner.frozen_scales(), strict=True)]
         base.call(work, skip, skipper, tells_base=is_bad is not None)
-        work.commit(tuner.recorded(scale, lr, skip, unchanged=skip))
+        work.commit(partial(tuner.recorded, scale, lr, skip, unchanged=skip))
         self._mechanic_watch.after_frozen_step(tuner, work)
         return base.loss
 

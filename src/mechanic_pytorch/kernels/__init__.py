@@ -11,7 +11,8 @@ What is stored for each parameter is one of two things: `delta`, the sum of the 
 dtype of `stored`: `[<delta, g>, <delta, x>, |g|^2, |x|^2]`. The sums are additive over any partition of the tensors, so
 they may be added over buckets, devices and shards. `before` is None, or tensors like `params` that it fills with their
 values on the way, for `move`. With `plain=True` it takes `stored` for x_ref, and the displacement
-`x + compensation - x_ref` for delta, of which it also returns `|delta|^2`; shape (5,).
+`x + compensation - x_ref` for delta, of which it also returns `|delta|^2`; shape (5,). Where `grad_factor`, shape (),
+is given, gradients are multiplied by it first, because the squares of what a `GradScaler` has scaled may overflow.
 
 `move(params, before, stored, compensations, scales)` is called after the base optimizer has turned `before` into
 `params`. It changes these in place, and nothing else (`arguments.py` says what scales are):
@@ -67,6 +68,7 @@ class Kernel(Protocol):
         before: Tensors | None = None,
         compensations: Tensors | None = None,
         plain: bool = False,
+        grad_factor: Tensor | None = None,
     ) -> Tensor:
         """Return the sums, and fill `before`."""
         ...

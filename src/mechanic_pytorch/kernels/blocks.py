@@ -31,6 +31,7 @@ def measure(
     before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
+    grad_factor: Tensor | None = None,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     dtype = stored[0].dtype
@@ -43,6 +44,8 @@ def measure(
             _copy(others[0], xs)
         if converts:
             x, g = x.to(dtype), g.to(dtype)
+        if grad_factor is not None:
+            g = g * grad_factor
         if plain:
             delta = x - delta
             if compensations is not None:

@@ -22,6 +22,7 @@ from mechanic_pytorch.kernels.arguments import Scales, Tensors
 from mechanic_pytorch.kernels.rule import Rule
 
 SHOWN = (0.3, 0.5, 0.25)  # scales by which kernels are compared
+SHOWN_GRAD_FACTOR = 0.25
 BEGINNING = 2**12  # numbers of each tensor that are compared
 # Of the largest number of a list: its sums are added in another order, or a few numbers rounded differently.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 2**-5, torch.float16: 2**-8}
@@ -48,19 +49,21 @@ class Checked:
         before: Tensors | None = None,
         compensations: Tensors | None = None,
         plain: bool = False,
+        grad_factor: Tensor | None = None,
     ) -> Tensor:
         """Return the four sums, and fill `before`."""
         lists = [params, grads, stored, before, compensations]
 
         def call(kernel: Any, params: Any, grads: Any, stored: Any, before: Any, compensations: Any) -> Any:
-            sums = kernel.measure(params, grads, stored, before, compensations, plain)
+            factor = None if grad_factor is None else torch.full_like(grad_factor, SHOWN_GRAD_FACTOR)
+            sums = kernel.measure(params, grads, stored, before, compensations, plain, factor)
             g, x, *way = sums[2:].sqrt()
             delta = torch.stack(torch._foreach_norm(stored)).norm() + x  # its length, or a bound of it
             cosines = sums[:2] / torch.stack([delta * g, delta * x]).clamp_min(1e-30)  # 0 but for rounding, or not
             return [*(before or []), g, x, *way, torch.cat([cosines, torch.ones_like(cosines)])]
 
-        kernel = self._chosen(("measure", plain), lists, call)
-        sums: Tensor = kernel.measure(params, grads, stored, before, compensations, plain)
+        kernel = self._chosen(("measure", plain, grad_factor is None), lists, call)
+        sums: Tensor = kernel.measure(params, grads, stored, before, compensations, plain, grad_factor)
         return sums
 
     def move(

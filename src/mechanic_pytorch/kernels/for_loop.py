@@ -13,11 +13,14 @@ def measure(
     before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
+    grad_factor: Tensor | None = None,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     sums = stored[0].new_zeros(5 if plain else 4)
     for i, (x, g, delta) in enumerate(zip(params, grads, stored, strict=True)):
         x, g = x.to(delta.dtype), g.to(delta.dtype)
+        if grad_factor is not None:
+            g = g * grad_factor
         if plain:
             delta = x - delta if compensations is None else x - delta + compensations[i].to(delta.dtype)
         products = [delta * g, delta * x, g * g, x * x, *([delta * delta] if plain else [])]

@@ -21,10 +21,11 @@ def measure(
     before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
+    grad_factor: Tensor | None = None,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     more = [] if compensations is None or not plain else [compensations]
-    sums = [_measure(*lists, plain=plain) for lists in _chunks(params, grads, stored, *more)]
+    sums = [_measure(*lists, plain=plain, grad_factor=grad_factor) for lists in _chunks(params, grads, stored, *more)]
     if before is not None:
         torch._foreach_copy_(list(before), list(params))
     return torch.stack(sums).sum(0)
@@ -101,8 +102,11 @@ def _measure(
     compensations: list[Tensor] | None = None,
     *,
     plain: bool,
+    grad_factor: Tensor | None,
 ) -> Tensor:
     dtype, deltas = stored[0].dtype, stored
+    if grad_factor is not None:
+        grads = list(torch._foreach_mul([g.to(dtype) for g in grads], grad_factor))
     if plain:
         deltas = list(torch._foreach_sub([x.to(dtype) for x in params], stored))
         if compensations is not None:

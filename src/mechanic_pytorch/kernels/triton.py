@@ -59,6 +59,7 @@ def measure(
     before: Tensors | None = None,
     compensations: Tensors | None = None,
     plain: bool = False,
+    grad_factor: Tensor | None = None,
 ) -> Tensor:
     """Return `[<delta, g>, <delta, x>, |g|^2, |x|^2]`, if plain also `|delta|^2`, over all tensors. Fill `before`."""
     more = [lists for lists in (before, compensations if plain else None) if lists is not None]
@@ -73,7 +74,7 @@ def measure(
             "COMPENSATION": dtypes[-1] if plain and compensations is not None else None,
         }
         sums.append(stored[0].new_empty(len(work.owners), width))
-        _launch(_measure, work, sums[-1], X=x, G=g, D=ours, **flags, BLOCK=BLOCK)
+        _launch(_measure, work, sums[-1], grad_factor, X=x, G=g, D=ours, **flags, BLOCK=BLOCK)
     if not sums:
         return stored[0].new_zeros(width)
     return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(0, dtype=torch.float64).to(stored[0].dtype)
@@ -267,6 +268,7 @@ def _measure(
     owners,
     columns,
     sums,
+    grad_factor,
     X: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -297,6 +299,8 @@ def _measure(
                 _store(before, x, at, end, tail)
             x = x.to(D)
             g = _load(grads, at, end, tail).to(D)
+            if grad_factor is not None:
+                g = g * tl.load(grad_factor).to(D)
             delta = _load(stored, at, end, tail)
             if PLAIN:
                 delta = x - delta
