@@ -109,7 +109,7 @@ class AutoOracle:
     def bet_anew(self, scale):
         self.m, self.v, self.r = np.zeros((3, len(self.beta)))
         self.s = np.full(len(self.beta), scale / len(self.beta))
-        self.peak, self.farthest, self.path, self.time = scale, 0.0, 0.0, 1.0
+        self.peak, self.farthest, self.path = scale, 0.0, 0.0
 
     def least(self):
         return self.reach / (3 * np.sqrt(40 + self.rest) * max(self.speed, self.stride / 10) * self.highest)
@@ -150,13 +150,14 @@ class AutoOracle:
             (1 - w) * old + w * new for old, new in zip((self.m, self.v, self.r, self.s), (m, v, r, s), strict=True)
         )
         if self.is_found:
+            self.time += w
             self.rest += w**8
             self.unit = self.least()
             self.s *= max(1.0, 1 / self.s.sum())
         if self.s.sum() < 0.75 * self.peak and (not self.is_found or self.peak > 4):
             self.ends += 1
             if not self.is_found:
-                self.highest = lr
+                self.highest, self.time = lr, 1.0
             reach = max(self.reach, self.farthest)
             self.rest *= (self.reach / reach) ** 2
             self.reach, self.is_found = reach, True
@@ -165,7 +166,6 @@ class AutoOracle:
         else:
             self.peak = max(self.peak, self.s.sum())
             self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
-            self.time += w * self.is_found
             if self.is_found and self.s.sum() <= 2:
                 self.peak, self.farthest, self.path = self.s.sum(), 0.0, 0.0
         if self.is_found:

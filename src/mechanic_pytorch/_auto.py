@@ -49,7 +49,7 @@ Bets continue, from empty vectors. If they raise the scale above `FARTHER` times
 began where the scale was last below `NEAR` times the floor, and lasts until the scale has fallen to `FOUND` of its
 largest. R is the farthest |D| of all searches.
 
-**Memory** (`settle`). After the search x_ref follows the weights: each step moves it by about the part
+**Memory** (`settle`). After the first search x_ref follows the weights: each step moves it by about the part
 k / (steps since then) of its distance to them, where k is `FOLLOW`.
 
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
@@ -108,10 +108,10 @@ class Memory(NamedTuple):
 
     pace: Tensor  # |u| / lr of the first update
     longest: Tensor  # |x|
-    highest: Tensor  # lr; after the search, since its end
+    highest: Tensor  # lr; after the first search, since its end
     floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
     peak: Tensor  # the largest scale since a search began: at the start, or where it was last near its floor
-    age: Tensor  # 0 during the search; then 1 + the steps since, each counted by its lr
+    age: Tensor  # 0 during the first search; then 1 + the steps since, each counted by its lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
     loudest: Tensor  # the largest effective lr of the search
@@ -319,7 +319,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     least = torch.where(is_over, floor(memory), least)
     scale = torch.where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
-    age = torch.where(is_over, 1.0, memory.age + torch.where(was_found, time, 0.0))
+    age = torch.where(is_over & ~was_found, 1.0, memory.age + torch.where(was_found, time, 0.0))
     begins = is_over | (was_found & (scale <= NEAR * least))
     memory = memory._replace(
         floor=least,
