@@ -101,7 +101,7 @@ class AutoOracle:
         self.longest = norm(x) or 1.0
         self.loudest = 1e-3 * self.longest / pace  # effective lr
         self.reach, self.rest, self.is_found = 0.0, 0.0, False
-        self.won = self.noise = 0.0
+        self.won = self.noise = self.left = 0.0
         self.unit, self.start = 1.0, self.loudest / self.highest
         self.bet_anew(self.start)
         self.time = 0.0
@@ -123,7 +123,8 @@ class AutoOracle:
         is_higher, highest = lr > self.highest, max(self.highest, lr)
         moves = is_higher or lr < (1 - 1e-6) * self.highest
         way = x - reference
-        self.farthest = max(self.farthest, min(norm(way), self.path))
+        gone = np.sqrt(max(way @ way - self.left**2, 0.0))  # since the search began, if orthogonal to the way before
+        self.farthest = max(self.farthest, min(gone, self.path))
         if not self.is_found and lr > 0:
             lr_seen, now = max(lr, 1e-6 * self.highest), self.s.sum()
             wanted = lr_seen * now
@@ -162,12 +163,14 @@ class AutoOracle:
             self.rest *= (self.reach / reach) ** 2
             self.reach, self.is_found = reach, True
             self.unit = self.least()
+            self.left = norm(way)
             self.bet_anew(1.0)
         else:
             self.peak = max(self.peak, self.s.sum())
             self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
             if self.is_found and self.s.sum() <= 2:
                 self.peak, self.farthest, self.path = self.s.sum(), 0.0, 0.0
+                self.left = norm(way)
         if self.is_found:
             for i in here:
                 self.reference[i] = self.reference[i] + w * 0.3 / (self.time + 0.3 + 7) * (

@@ -361,7 +361,7 @@ def test_a_checkpoint_of_other_rules_is_refused():
     train(model, ours, 3)
     before, checkpoint = copy.deepcopy(theirs.state_dict()), copy.deepcopy(ours.state_dict())
     checkpoint["param_groups"][0]["mechanic_unit"] = checkpoint["param_groups"][0]["mechanic_unit"][:7]
-    with pytest.raises(ValueError, match=r"must hold 18 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"must hold 19 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
         theirs.load_state_dict(checkpoint)
     assert_identical(theirs.state_dict(), before)
 

@@ -47,7 +47,8 @@ updates in place of gradients.
 
 Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again. It
 began where the scale was last below `NEAR` times the floor, and lasts until the scale has fallen to `FOUND` of its
-largest. R is the farthest |D| of all searches.
+largest. The way that it has gone, if it is orthogonal to D_0, the D of its beginning, is sqrt(|D|^2 - |D_0|^2). R is
+the farthest way of all searches.
 
 **Memory** (`settle`). After the first search x_ref follows the weights: each step moves it by about the part
 k / (steps since then) of its distance to them, where k is `FOLLOW`.
@@ -115,8 +116,9 @@ class Memory(NamedTuple):
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
     loudest: Tensor  # the largest effective lr of the search
-    farthest: Tensor  # |D| since then
-    reach: Tensor  # the farthest |D| of all searches; 0 during the first
+    farthest: Tensor  # the farthest way since then
+    begin: Tensor  # |D| then
+    reach: Tensor  # the farthest way of all searches; 0 during the first
     speed: Tensor  # |u| / lr of late
     rest: Tensor  # steps at a resting lr since the first
     stride: Tensor  # the longest |u| / lr
@@ -127,7 +129,7 @@ class Memory(NamedTuple):
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -259,7 +261,8 @@ def bet(
     noise = LATE**2 * memory.noise + cosine.square()
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
-    farthest = torch.maximum(memory.farthest, torch.minimum(way, memory.path))  # edits are no way that was gone
+    gone = (way.square() - memory.begin.square()).clamp_min(0.0).sqrt()
+    farthest = torch.maximum(memory.farthest, torch.minimum(gone, memory.path))  # edits are no way that was gone
     start = torch.where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
     memory = memory._replace(
         highest=highest,
@@ -327,6 +330,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
         age=age,
         loudest=torch.maximum(memory.loudest, lr * scale),
         farthest=torch.where(begins, 0.0, memory.farthest),
+        begin=torch.where(begins, bet.measured[..., 4].sqrt(), memory.begin),
         path=torch.where(begins, 0.0, memory.path),
     )
     follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
