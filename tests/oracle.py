@@ -101,7 +101,7 @@ class AutoOracle:
         self.longest = norm(x) or 1.0
         self.loudest = 1e-3 * self.longest / pace  # effective lr
         self.reach, self.rest, self.is_found = 0.0, 0.0, False
-        self.won = self.noise = self.left = 0.0
+        self.won = self.noise = 0.0
         self.unit, self.start = 1.0, self.loudest / self.highest
         self.bet_anew(self.start)
         self.time = 0.0
@@ -123,8 +123,7 @@ class AutoOracle:
         is_higher, highest = lr > self.highest, max(self.highest, lr)
         moves = is_higher or lr < (1 - 1e-6) * self.highest
         way = x - reference
-        gone = np.sqrt(max(way @ way - self.left**2, 0.0))  # since the search began, if orthogonal to the way before
-        self.farthest = max(self.farthest, min(gone, self.path))
+        self.farthest = max(self.farthest, min(norm(way), self.path))
         if not self.is_found and lr > 0:
             lr_seen, now = max(lr, 1e-6 * self.highest), self.s.sum()
             wanted = lr_seen * now
@@ -157,20 +156,21 @@ class AutoOracle:
             self.s *= max(1.0, 1 / self.s.sum())
         if self.s.sum() < 0.75 * self.peak and (not self.is_found or self.peak > 4):
             self.ends += 1
-            if not self.is_found:
-                self.highest, self.time = lr, 1.0
-            reach = max(self.reach, self.farthest)
+            reach, peak = max(self.reach, self.farthest), self.peak * self.unit
             self.rest *= (self.reach / reach) ** 2
-            self.reach, self.is_found = reach, True
+            self.reach, self.time = reach, 10.0
+            if not self.is_found:
+                self.highest, self.time, self.is_found = lr, 1.0, True
+            else:
+                excess = max(1.0, 4 * self.least() / peak)
+                self.rest = (40 + self.rest) * excess**2 - 40
             self.unit = self.least()
-            self.left = norm(way)
             self.bet_anew(1.0)
         else:
             self.peak = max(self.peak, self.s.sum())
             self.loudest = max(self.loudest, lr * self.s.sum() * self.unit)
             if self.is_found and self.s.sum() <= 2:
                 self.peak, self.farthest, self.path = self.s.sum(), 0.0, 0.0
-                self.left = norm(way)
         if self.is_found:
             for i in here:
                 self.reference[i] = self.reference[i] + w * 0.3 / (self.time + 0.3 + 7) * (

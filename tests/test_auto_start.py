@@ -361,7 +361,7 @@ def test_a_checkpoint_of_other_rules_is_refused():
     train(model, ours, 3)
     before, checkpoint = copy.deepcopy(theirs.state_dict()), copy.deepcopy(ours.state_dict())
     checkpoint["param_groups"][0]["mechanic_unit"] = checkpoint["param_groups"][0]["mechanic_unit"][:7]
-    with pytest.raises(ValueError, match=r"must hold 19 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"must hold 18 numbers in 'mechanic_unit'\. Got a tensor of shape \(7,\)"):
         theirs.load_state_dict(checkpoint)
     assert_identical(theirs.state_dict(), before)
 
@@ -388,7 +388,7 @@ def test_once_begun_auto_costs_no_host_read_and_no_pass_more():
             optimizer.step()
     assert counts["auto"].host_reads == counts[1e-8].host_reads == 0
     small = {"measure": sum(counts["auto"].count.values()) - sum(counts[1e-8].count.values())}
-    assert small["measure"] < 240  # operations on a few numbers
+    assert small["measure"] < 250  # operations on a few numbers
     # And in the passes that are made anyway, of the two blocks here: |D|^2 while measuring, |u|^2 while moving.
     assert counts["auto"].count["dot"] - counts[1e-8].count["dot"] == 2
 

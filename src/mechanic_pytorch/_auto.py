@@ -47,11 +47,12 @@ updates in place of gradients.
 
 Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again. It
 began where the scale was last below `NEAR` times the floor, and lasts until the scale has fallen to `FOUND` of its
-largest. The way that it has gone, if it is orthogonal to D_0, the D of its beginning, is sqrt(|D|^2 - |D_0|^2). R is
-the farthest way of all searches.
+largest. R is the farthest |D| of all searches. As D also holds what was gone before, n grows as far as it takes for the
+new floor to be at most 1 / `FARTHER` of that largest scale.
 
-**Memory** (`settle`). After the first search x_ref follows the weights: each step moves it by about the part
-k / (steps since then) of its distance to them, where k is `FOLLOW`.
+**Memory** (`settle`). After a search x_ref follows the weights: each step moves it by about the part
+k / (steps since then) of its distance to them, where k is `FOLLOW`. After a later search, these steps count from
+`RECENT`.
 
 **Bad batches** (`bet`). A step is shortened in proportion if the longest gradient that a momentum may still hold,
 max(|g|, `MOMENTUM` * that of before), is more than `LONGER` times as long as the longest of late.
@@ -109,16 +110,15 @@ class Memory(NamedTuple):
 
     pace: Tensor  # |u| / lr of the first update
     longest: Tensor  # |x|
-    highest: Tensor  # lr; after the first search, since its end
+    highest: Tensor  # lr; after the search, since its end
     floor: Tensor  # s_init: during the search that of the start, then what the scale is at least
     peak: Tensor  # the largest scale since a search began: at the start, or where it was last near its floor
-    age: Tensor  # 0 during the first search; then 1 + the steps since, each counted by its lr
+    age: Tensor  # 0 during the first search; then 1, or RECENT after a later one, + the steps since, counted by lr
     gradient: Tensor  # the longest |g| of late
     momentum: Tensor  # the longest |g| that the base may still hold
     loudest: Tensor  # the largest effective lr of the search
-    farthest: Tensor  # the farthest way since then
-    begin: Tensor  # |D| then
-    reach: Tensor  # the farthest way of all searches; 0 during the first
+    farthest: Tensor  # |D| since then
+    reach: Tensor  # the farthest |D| of all searches; 0 during the first
     speed: Tensor  # |u| / lr of late
     rest: Tensor  # steps at a resting lr since the first
     stride: Tensor  # the longest |u| / lr
@@ -129,7 +129,7 @@ class Memory(NamedTuple):
 
 
 # Which power of lr each field is in proportion to.
-MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
@@ -261,8 +261,7 @@ def bet(
     noise = LATE**2 * memory.noise + cosine.square()
     is_moving = moves(memory, lr)
     highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
-    gone = (way.square() - memory.begin.square()).clamp_min(0.0).sqrt()
-    farthest = torch.maximum(memory.farthest, torch.minimum(gone, memory.path))  # edits are no way that was gone
+    farthest = torch.maximum(memory.farthest, torch.minimum(way, memory.path))  # edits are no way that was gone
     start = torch.where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
     memory = memory._replace(
         highest=highest,
@@ -320,9 +319,11 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
     memory = memory._replace(highest=highest, reach=reach, rest=rest)
     least = torch.where(is_over, floor(memory), least)
+    excess = torch.where(is_over & was_found, (FARTHER * least / peak).clamp_min(1.0), 1.0)
+    memory, least = memory._replace(rest=(REST + memory.rest) * excess.square() - REST), least / excess
     scale = torch.where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
-    age = torch.where(is_over & ~was_found, 1.0, memory.age + torch.where(was_found, time, 0.0))
+    age = torch.where(is_over, torch.where(was_found, RECENT, 1.0), memory.age + torch.where(was_found, time, 0.0))
     begins = is_over | (was_found & (scale <= NEAR * least))
     memory = memory._replace(
         floor=least,
@@ -330,7 +331,6 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
         age=age,
         loudest=torch.maximum(memory.loudest, lr * scale),
         farthest=torch.where(begins, 0.0, memory.farthest),
-        begin=torch.where(begins, bet.measured[..., 4].sqrt(), memory.begin),
         path=torch.where(begins, 0.0, memory.path),
     )
     follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
