@@ -7,7 +7,7 @@ Baselines: fsschneider/DeepOBS_Baselines, the mean of ten seeds after the last s
 the lr that was found best there, and the mechanized ones at lr 1; lr is constant. quadratic_deep runs at full length
 and the others for fewer epochs, so what is published of them only frames them. Logistic regression and the perceptron
 have no baseline: the plain optimizers run at the lr of the network with two convolutions, which has the same data. Runs
-that are in the results are not made again; `--problems` picks some.
+that are in the results are not made again.
 """
 
 from __future__ import annotations
