@@ -82,9 +82,9 @@ def test_no_spike_at_a_constant_lr(base):
     ("base", "schedule", "most"),
     [
         ("AdamW", "linear", 1.5),
-        ("AdamW", "warm-up for a half, linear", 2.0),
-        ("SGD, momentum", "linear", 10.0),
-        ("SGD, momentum", "warm-up for a half, linear", 10.0),
+        ("AdamW", "warm-up for a half, linear", 1.5),
+        ("SGD, momentum", "linear", 5.0),
+        ("SGD, momentum", "warm-up for a half, linear", 5.0),
     ],
 )
 def test_noise_alone_does_not_carry_the_weights_away(base, schedule, most, seed):
