@@ -158,12 +158,12 @@ class AutoOracle:
             self.ends += 1
             reach, peak = max(self.reach, self.farthest), self.peak * self.unit
             self.rest *= (self.reach / reach) ** 2
-            self.reach, self.time = reach, 10.0
+            self.reach = reach
             if not self.is_found:
                 self.highest, self.time, self.is_found = lr, 1.0, True
             else:
                 excess = max(1.0, 4 * self.least() / peak)
-                self.rest = (40 + self.rest) * excess**2 - 40
+                self.rest, self.time = (40 + self.rest) * excess**2 - 40, 10.0
             self.unit = self.least()
             self.bet_anew(1.0)
         else:

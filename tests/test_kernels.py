@@ -158,9 +158,8 @@ def test_plain_sums_are_of_the_way_gone(kernel, dtype):
 def test_gradients_are_multiplied_before_they_are_squared(kernel, dtype, plain):
     _, params, grads, stored, _ = problem(dtype)
     expected = kernel.measure(params, grads, stored, None, None, plain)
-    wide = [
-        g.to(accumulator_of(dtype)) for g in grads
-    ]  # as a loss in 32 bits has them, of whose squares none is finite
+    # As a loss in 32 bits has them; none of their squares is finite.
+    wide = [g.to(accumulator_of(dtype)) for g in grads]
     scale = torch.tensor(2.0**80, dtype=accumulator_of(dtype))
     actual = kernel.measure(params, [g * scale for g in wide], stored, None, None, plain, scale.reciprocal())
     torch.testing.assert_close(actual, expected)
