@@ -13,7 +13,7 @@ import oracle
 from benchmarks.counting import Operations
 from device import DEVICE
 from helpers import assert_identical, compensation_of, lr_factors, stored_of
-from mechanic_pytorch import mechanize
+from mechanic_pytorch import _numbers, mechanize
 from mechanic_pytorch._auto import MEMORY_POWERS, Memory
 from mechanic_pytorch.telemetry import read_out
 from problems import SparseClassifier, full_loss, loss_of, mlp, noisy_quadratic, train
@@ -37,10 +37,18 @@ def relative_distance(actual, expected):
     return (difference.norm() / torch.cat([e.flatten() for e in expected]).norm()).item()
 
 
+@pytest.fixture(params=["quick", "tensors"])
+def arithmetic(request, monkeypatch):
+    """On numbers of numpy, if the device is a CPU; and on tensors, as on a GPU."""
+    if request.param == "tensors":
+        monkeypatch.setattr(_numbers, "numpy", None)
+
+
 WARM_UP = {"constant": lambda t: 1.0, "warm-up": lambda t: min(1.0, t / 20), "decay": lambda t: 0.97**t}
 WARM_UP["jump"] = lambda t: 1e-3 if t < 5 else 1.0
 
 
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("begins", ["at random", "near zero"])
 @pytest.mark.parametrize("schedule", WARM_UP)
 @pytest.mark.parametrize("name", BASES)
@@ -70,6 +78,7 @@ def test_auto_equals_its_oracle_whatever_the_schedule(name, schedule, begins):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
 
 
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_later_search_that_goes_farther(name):
     """One gradient is too long. From step 60 on it is always the same, and from step 80 on the opposite."""
@@ -92,6 +101,7 @@ def test_a_later_search_that_goes_farther(name):
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-9 * np.abs(x).max())
 
 
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_newcomers_with_a_long_gradient_begin_anew(name):
     """Parameters take part in turns, the second from step 20 on, the third from step 60 on; one gradient is long."""
@@ -377,7 +387,8 @@ def test_a_skipped_first_gradient_is_not_taken_for_the_start():
     scale_after(model, optimizer)
 
 
-def test_once_begun_auto_costs_no_host_read_and_no_pass_more():
+def test_once_begun_auto_costs_no_host_read_and_no_pass_more(monkeypatch):
+    monkeypatch.setattr(_numbers, "numpy", None)  # as on a GPU
     counts = {}
     for s_init in ("auto", 1e-8):
         model = mlp()

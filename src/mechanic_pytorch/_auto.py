@@ -81,6 +81,21 @@ import torch
 from torch import Tensor
 
 from mechanic_pytorch._config import TuneParams, TunerState
+from mechanic_pytorch._numbers import (
+    column,
+    columns,
+    epsilon,
+    lerp,
+    maximum,
+    minimum,
+    quick,
+    sqrt,
+    stack,
+    tiny,
+    unwarned,
+    where,
+    zeros_like,
+)
 from mechanic_pytorch.kernels.arguments import Scales
 
 RELATIVE = 1e-3  # by how much of their length the first step moves the parameters
@@ -133,9 +148,10 @@ MEMORY_POWERS = (0, 0, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Bet(NamedTuple):
-    """What `tune` takes; and what "auto" knows by then, else None."""
+    """What `tune` takes, and what stands beside it; in its last lines what "auto" knows by then, else None."""
 
-    state: TunerState
+    old: TunerState  # the vectors of the last step
+    state: TunerState  # and as `tune` takes them
     dots: Tensor  # the four sums of delta, shape (G, 4)
     params: TuneParams
     measured: Tensor  # the sums as they were measured
@@ -154,15 +170,10 @@ class Learned(NamedTuple):
     time: Tensor | None = None  # as what part of a step it counts, shape (G,)
     restarted: Tensor | None = None  # whether newcomers have made it begin again, shape (G,), if they may have
 
-    def is_nonfinite(self) -> Tensor:
-        """Return whether any number of the vectors is not finite, shape ()."""
-        # A list, here and in `Tuner.recorded`: torch 2.11 compiles no stack of a tuple that `_replace` has made.
-        return torch.stack([*self.state]).isfinite().all().logical_not()
-
     def unchanged_where(self, rows: Tensor, old: TunerState) -> Learned:
         """Return the old vectors in these rows, shape () or (G,), and an x_ref that rests."""
         state = either(rows, old, self.state)
-        follow = None if self.follow is None else torch.where(rows, 0.0, self.follow)
+        follow = None if self.follow is None else where(rows, 0.0, self.follow)
         return self._replace(state=state, follow=follow)
 
     def scales(self, old: TunerState) -> Scales:
@@ -173,6 +184,7 @@ class Learned(NamedTuple):
         return Scales(self.length * scale, self.length * scale, self.follow)
 
 
+@unwarned
 def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
     """Return the tuner, its scales made smaller by one factor if their sum, in any order, could exceed `limit`.
 
@@ -182,9 +194,9 @@ def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
     """
     if limit is None:
         return state
-    margin = 1 - (state.scales.shape[-1] + 8) * torch.finfo(state.scales.dtype).eps
-    factor = (margin * limit / state.scales.sum(-1)).clamp_max(1.0).unsqueeze(-1)
-    return state._replace(scales=state.scales * factor)
+    margin = 1 - (state.scales.shape[-1] + 8) * epsilon(state.scales)
+    factor = minimum(margin * limit / state.scales.sum(-1), 1.0)
+    return state._replace(scales=state.scales * column(factor))
 
 
 def moves(memory: Memory, lr: float | Tensor) -> Tensor:
@@ -194,21 +206,21 @@ def moves(memory: Memory, lr: float | Tensor) -> Tensor:
 
 def either(rows: Tensor, state: TunerState, other: TunerState) -> TunerState:
     """Return the vectors of `state` in these rows, shape () or (G,), and those of `other` elsewhere."""
-    condition = rows.unsqueeze(-1)
-    return TunerState(*(torch.where(condition, a, b) for a, b in zip(state, other, strict=True)))
+    condition = column(rows)
+    return TunerState(*(where(condition, a, b) for a, b in zip(state, other, strict=True)))
 
 
 def times(factor: Tensor, state: TunerState) -> TunerState:
     """Return vectors as if all gains had been larger by a factor, shape (G,), and with them the scale."""
-    by = factor.unsqueeze(-1)
+    by = column(factor)
     return state._replace(reward=by * state.reward, scales=by * state.scales)
 
 
 def in_units(factor: Tensor, state: TunerState) -> TunerState:
     """Return vectors as if all scales so far had been larger by a factor, shape (G,), and all else the same."""
-    by = factor.unsqueeze(-1)
+    by = column(factor)
     m, v, reward, scales = state
-    return TunerState(m / by, v / by.square(), reward, by * scales)
+    return TunerState(m / by, v / (by * by), reward, by * scales)
 
 
 def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor) -> Tensor:
@@ -220,71 +232,73 @@ def of_schedule(memory: Memory, scale: Tensor, loss: Tensor, lr: float | Tensor)
         loss: <D, g>.
         lr: the largest of this step's.
     """
-    now = (LEAST_LR * memory.highest).clamp_min(lr) * scale
+    now = maximum(LEAST_LR * memory.highest, lr) * scale
     wins = (loss < 0) & (scale >= LOWER * memory.peak)
-    least = torch.where(wins, memory.loudest, 0.0)
-    most = memory.loudest * torch.where(lr > memory.highest, FASTEST, 1.0)
-    return torch.where((memory.age == 0) & (lr * scale > 0), now.clamp(least, most) / now, 1.0)
+    least = where(wins, memory.loudest, 0.0)
+    most = where(lr > memory.highest, FASTEST * memory.loudest, memory.loudest)
+    return where((memory.age == 0) & (lr * scale > 0), minimum(maximum(now, least), most) / now, 1.0)
 
 
 def floor(memory: Memory) -> Tensor:
     """Return the least scale after a search, shape (G,)."""
-    update = torch.maximum(memory.speed, memory.stride / SHORTEST) * memory.highest
-    return memory.reach / (SHARE * (REST + memory.rest).sqrt() * update.clamp_min(torch.finfo(update.dtype).tiny))
+    update = maximum(memory.speed, memory.stride / SHORTEST) * memory.highest
+    return memory.reach / (SHARE * sqrt(REST + memory.rest) * maximum(update, tiny(update)))
 
 
+@unwarned
 def bet(
-    state: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
+    old: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
 ) -> Bet:
     """Return what `tune` needs: vectors and memory of now, the four sums of D / S, the numbers, how long a step is.
 
     Args:
-        state: the vectors, shape (G, n).
+        old: the vectors of the last step, shape (G, n).
         memory: that of the last step.
         dots: `[<D, g>, <D, x>, |g|^2, |x|^2, |D|^2]`, shape (G, 5).
         lr: the largest of this step's.
         betas: of the options.
         s_decay: of the options.
     """
-    change = of_schedule(memory, state.scales.sum(-1), dots[..., 0], lr)
-    state = times(change, state)
+    delta_g, delta_x, g_squared, x_squared, way_squared = columns(dots)
+    change = of_schedule(memory, old.scales.sum(-1), delta_g, lr)
+    state = times(change, old)
     scale = state.scales.sum(-1)
-    g, x, way = dots[..., 2:].sqrt().unbind(-1)
+    g, x, way = sqrt(g_squared), sqrt(x_squared), sqrt(way_squared)
     is_known = scale > 0
-    held = torch.maximum(g, MOMENTUM * memory.momentum)
-    shortened = torch.where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0).clamp_max(1.0)
-    gradient = torch.maximum(LATE * memory.gradient, torch.minimum(g, ADMITTED * memory.gradient))
-    tiny = torch.finfo(g.dtype).tiny
-    cosine = dots[..., 0] / (way * g).clamp_min(tiny)
-    won = LATE * memory.won - cosine.clamp_max(0.0)
-    lost = LATE * memory.lost + cosine.clamp_min(0.0)
-    noise = LATE**2 * memory.noise + cosine.square()
+    held = maximum(g, MOMENTUM * memory.momentum)
+    shortened = minimum(where(is_known & (held > 0), LONGER * memory.gradient / held, 1.0), 1.0)
+    gradient = maximum(LATE * memory.gradient, minimum(g, ADMITTED * memory.gradient))
+    cosine = delta_g / maximum(way * g, tiny(g))
+    won = LATE * memory.won - minimum(cosine, 0.0)
+    lost = LATE * memory.lost + maximum(cosine, 0.0)
+    noise = LATE**2 * memory.noise + cosine * cosine
     is_moving = moves(memory, lr)
-    highest, longest = memory.highest.clamp_min(lr), torch.maximum(memory.longest, x)
-    farthest = torch.maximum(memory.farthest, torch.minimum(way, memory.path))  # edits are no way that was gone
-    start = torch.where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
+    highest, longest = maximum(memory.highest, lr), maximum(memory.longest, x)
+    farthest = maximum(memory.farthest, minimum(way, memory.path))  # edits are no way that was gone
+    start = where(memory.highest > 0, memory.floor * memory.highest / highest, 0.0)
     memory = memory._replace(
         highest=highest,
         longest=longest,
         gradient=gradient,
         momentum=held,
         farthest=farthest,
-        floor=torch.where(memory.age > 0, memory.floor, start),
+        floor=where(memory.age > 0, memory.floor, start),
         peak=change * memory.peak,
         won=won,
         lost=lost,
         noise=noise,
     )
-    by = torch.where(is_known, shortened / scale, 0.0)
-    sums = torch.cat([by.unsqueeze(-1) * dots[..., :2], dots[..., 2:4]], -1)
-    decay = torch.where(is_known, s_decay * memory.pace * highest / longest, 0.0)
-    s_init = torch.where(is_known, memory.floor, 0.0)
-    is_signal = (scale < NEAR * memory.floor) | (won - lost > SURELY * noise.sqrt())
-    loss_weight = torch.where(is_moving & is_signal, LOSS_WEIGHT_MOVING, 1.0).to(decay)
-    params = TuneParams(betas, decay.unsqueeze(-1), s_init.unsqueeze(-1), 0.0, loss_weight.unsqueeze(-1))
-    return Bet(state, sums, params, dots, lr, memory, shortened)
+    by = where(is_known, shortened / scale, 0.0)
+    sums = stack([by * delta_g, by * delta_x, g_squared, x_squared])
+    decay = where(is_known, s_decay * memory.pace * highest / longest, 0.0)
+    s_init = where(is_known, memory.floor, 0.0)
+    is_signal = (scale < NEAR * memory.floor) | (won - lost > SURELY * sqrt(noise))
+    loss_weight = where(is_moving & is_signal, LOSS_WEIGHT_MOVING, 1.0)
+    params = TuneParams(betas, column(decay), column(s_init), 0.0, column(loss_weight))
+    return Bet(old, state, sums, params, dots, lr, memory, shortened)
 
 
+@unwarned
 def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     """Return the tuner after a step, what is remembered, and by what part of D x_ref follows the weights.
 
@@ -294,70 +308,71 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
         memory: that of the bet.
     """
     old, lr = bet.state, bet.lr
-    tiny = torch.finfo(memory.highest.dtype).tiny
-    time = (lr / memory.highest.clamp_min(tiny)).clamp_max(1.0)
+    time = minimum(lr / maximum(memory.highest, tiny(memory.highest)), 1.0)
     was_found = memory.age > 0
-    rest = torch.where(was_found, memory.rest + time**RESTING, 0.0)
-    time = torch.where(was_found, time, time > 0)
-    new = new._replace(scales=torch.where(new.sum_squared_products == 0, old.scales, new.scales))
-    weight = time.unsqueeze(-1)
-    new = TunerState(*(torch.lerp(a, b, weight) for a, b in zip(old, new, strict=True)))
+    rest = where(was_found, memory.rest + time**RESTING, 0.0)
+    time = where(was_found | (time == 0), time, 1.0)
+    new = new._replace(scales=where(new.sum_squared_products == 0, old.scales, new.scales))
+    weight = column(time)
+    new = TunerState(*(lerp(a, b, weight) for a, b in zip(old, new, strict=True)))
 
     # The floor of now, and the scale in proportion to it.
     memory = memory._replace(rest=rest)
-    least = torch.where(was_found, floor(memory), memory.floor)
-    change = torch.where(was_found, least / memory.floor, 1.0)
+    least = where(was_found, floor(memory), memory.floor)
+    change = where(was_found, least / memory.floor, 1.0)
     new, peak = in_units(change, new), change * memory.peak
     scale = new.scales.sum(-1)
-    raised = torch.where(was_found, (least / scale).clamp_min(1.0), 1.0)
-    new, scale = new._replace(scales=raised.unsqueeze(-1) * new.scales), raised * scale
+    raised = where(was_found, maximum(least / scale, 1.0), 1.0)
+    new, scale = new._replace(scales=column(raised) * new.scales), raised * scale
 
     # The end of a search.
     is_over = (scale < FOUND * peak) & (memory.farthest > 0) & (~was_found | (peak > FARTHER * least))
-    highest = torch.where(is_over & ~was_found, lr, memory.highest)
-    reach = torch.where(is_over, torch.maximum(memory.reach, memory.farthest), memory.reach)
-    rest = torch.where(is_over, rest * (memory.reach / reach).square(), rest)
+    highest = where(is_over & ~was_found, lr, memory.highest)
+    reach = where(is_over, maximum(memory.reach, memory.farthest), memory.reach)
+    rest = where(is_over, rest * (memory.reach / reach) ** 2, rest)
     memory = memory._replace(highest=highest, reach=reach, rest=rest)
-    least = torch.where(is_over, floor(memory), least)
-    excess = torch.where(is_over & was_found, (FARTHER * least / peak).clamp_min(1.0), 1.0)
-    memory, least = memory._replace(rest=(REST + memory.rest) * excess.square() - REST), least / excess
-    scale = torch.where(is_over, least, scale)
+    least = where(is_over, floor(memory), least)
+    excess = where(is_over & was_found, maximum(FARTHER * least / peak, 1.0), 1.0)
+    memory, least = memory._replace(rest=(REST + memory.rest) * excess**2 - REST), least / excess
+    scale = where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
-    age = torch.where(is_over, torch.where(was_found, RECENT, 1.0), memory.age + torch.where(was_found, time, 0.0))
+    age = where(is_over, where(was_found, RECENT, 1.0), memory.age + where(was_found, time, 0.0))
     begins = is_over | (was_found & (scale <= NEAR * least))
     memory = memory._replace(
         floor=least,
-        peak=torch.where(begins, scale, torch.maximum(peak, scale)),
+        peak=where(begins, scale, maximum(peak, scale)),
         age=age,
-        loudest=torch.maximum(memory.loudest, lr * scale),
-        farthest=torch.where(begins, 0.0, memory.farthest),
-        path=torch.where(begins, 0.0, memory.path),
+        loudest=maximum(memory.loudest, lr * scale),
+        farthest=where(begins, 0.0, memory.farthest),
+        path=where(begins, 0.0, memory.path),
     )
-    follow = torch.where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
+    follow = where(age > 0, FOLLOW * time / (age + FOLLOW + 7), 0.0)
     return Learned(new, memory, bet.length, follow, time)
 
 
-def moved(learned: Learned, update: Tensor, lr: float | Tensor) -> Memory:
+@unwarned
+def moved(learned: Learned, scale: Tensor, update: Tensor, lr: float | Tensor) -> Memory:
     """Return what is remembered once a step is made.
 
     Args:
         learned: of this step.
+        scale: of this step, shape (G,).
         update: |u|, shape (G,).
         lr: the largest of this step's.
     """
-    memory, length, time = learned.memory, learned.length, learned.time
+    memory, length, time = quick(learned.memory), quick(learned.length), quick(learned.time)
     assert memory is not None
     assert length is not None
     assert time is not None
     counts = (memory.speed > 0) & (time > 0) & (update > 0)
-    here = torch.minimum(length * update / lr, ADMITTED * memory.stride)
-    weight = time / memory.age.clamp(1.0, RECENT)
-    speed = torch.lerp(memory.speed.square(), here.square(), weight).sqrt()
-    stride = torch.maximum(memory.stride, here)
+    here = minimum(length * update / lr, ADMITTED * memory.stride)
+    weight = time / minimum(maximum(memory.age, 1.0), RECENT)
+    speed = sqrt(lerp(memory.speed**2, here**2, weight))
+    stride = maximum(memory.stride, here)
     return memory._replace(
-        speed=torch.where(counts, speed, memory.speed),
-        stride=torch.where(counts, stride, memory.stride),
-        path=memory.path + learned.state.scales.sum(-1) * length * update,
+        speed=where(counts, speed, memory.speed),
+        stride=where(counts, stride, memory.stride),
+        path=memory.path + scale * length * update,
     )
 
 
@@ -389,22 +404,20 @@ def first_scale(
     state, length, follow = learned.state, learned.length, learned.follow
     assert length is not None
     assert follow is not None
-    g = bet.measured[..., 2].sqrt()
-    pace, longest = update / bet.lr, torch.where(weights > 0, weights, 1.0)
+    g = sqrt(bet.measured[..., 2])
+    pace, longest = update / bet.lr, where(weights > 0, weights, 1.0)
     least = RELATIVE * longest / pace
     scale = least / memory.highest
     ratio = pace * memory.highest / longest
-    is_usable = (g > 0) & torch.stack([pace, g, weights]).isfinite().all(0)
+    is_usable = (g > 0) & (g < math.inf) & (pace < math.inf) & (weights < math.inf)
     seeks = (memory.pace == 0) & is_usable
     is_too_long = (length < 1) & (gradient > length * memory.momentum)  # LONGER times the longest of before
     again = (memory.pace > 0) & is_usable & (is_new > 0) & is_too_long
-    begins = (seeks | again) & (pace > 0) & scale.isfinite() & (ratio >= least_ratio) & ~unchanged
-    none = torch.zeros_like(g)
+    begins = (seeks | again) & (pace > 0) & (scale < math.inf) & (ratio >= least_ratio) & ~unchanged
+    none = zeros_like(g)
     # An update lost in rounding calls for a larger lr. But the first of 0 may be one that the base has not made.
-    lost = torch.where(
-        (ratio == 0) & (memory.loudest == 0), NOTHING_LOST, ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
-    )
-    memory = memory._replace(loudest=torch.where(seeks, lost, memory.loudest))
+    lost = where((ratio == 0) & (memory.loudest == 0), NOTHING_LOST, maximum(ratio, tiny(ratio)))
+    memory = memory._replace(loudest=where(seeks, lost, memory.loudest))
     first = Memory(*[none] * len(memory))._replace(
         pace=pace,
         longest=longest,
@@ -417,24 +430,23 @@ def first_scale(
         speed=pace,
         stride=pace,
     )
-    memory = Memory(*(torch.where(begins, a, b) for a, b in zip(first, memory, strict=True)))
+    memory = Memory(*(where(begins, a, b) for a, b in zip(first, memory, strict=True)))
     fresh = evenly(scale, like=state)
     state = either(begins, fresh, state)
     again = again & begins
     return learned._replace(
         state=state,
         memory=memory,
-        length=torch.where(again, 1.0, length),
-        follow=torch.where(again, 1.0, follow),
+        length=where(again, 1.0, length),
+        follow=where(again, 1.0, follow),
         restarted=again,
     )
 
 
 def evenly(scale: Tensor, like: TunerState) -> TunerState:
     """Return vectors that have seen nothing, with this scale, shape (G,), in equal shares."""
-    shares = (scale / like.scales.shape[-1]).unsqueeze(-1).expand_as(like.scales)
-    nothing = torch.zeros_like(shares)
-    return TunerState(nothing, nothing, nothing, shares)
+    nothing = zeros_like(like.scales)
+    return TunerState(nothing, nothing, nothing, column(scale / like.scales.shape[-1]) + nothing)
 
 
 class Rounding(NamedTuple):

@@ -22,6 +22,18 @@ from mechanic_pytorch._auto import Bet, Learned, Memory, Rounding
 from mechanic_pytorch._base_step import BaseStep
 from mechanic_pytorch._buckets import Work
 from mechanic_pytorch._config import Config, TunerState
+from mechanic_pytorch._numbers import (
+    all_finite,
+    column,
+    columns,
+    maximum,
+    minimum,
+    quick,
+    stack,
+    tensors,
+    unwarned,
+    where,
+)
 from mechanic_pytorch._torch import lrs
 
 VECTORS = tuple(f"mechanic_{name}" for name in TunerState._fields)
@@ -276,20 +288,33 @@ class Tuner:
         """
         lr = self.largest_lr(factors, like=dots)
         if not self.config.is_auto:
-            return Bet(old, dots, self.config.tune_params, dots, lr)
-        return _auto.bet(old, self._memory, dots, lr, self.config.betas, self.config.s_decay)
+            return Bet(old, old, dots, self.config.tune_params, dots, lr)
+        memory = Memory(*columns(quick(self._read(MEMORY))))
+        return _auto.bet(quick(old), memory, quick(dots), quick(lr), self.config.betas, self.config.s_decay)
 
-    def settle(self, bet: Bet, new: TunerState) -> Learned:
-        """Return what was learned, `new` being what `tune` has made of a bet; no effective lr exceeds `max_lr`."""
-        limit = self._scale_limit(bet.lr)
-        new = _auto.bounded(new, limit)
+    def settle(self, bet: Bet, new: TunerState) -> tuple[Learned, Tensor, Tensor]:
+        """Return what was learned, `new` being what `tune` has made of a bet; no effective lr exceeds `max_lr`.
+
+        Also returns whether the step is to be skipped, shape (), because a number is not finite, and which rows it
+        leaves as they are, shape () or (G,): all if it is skipped, and those of groups of which nothing was measured,
+        which have no gradient in any process.
+        """
+        rows = len(self.rows)
+        limit = self._scale_limit(tensors(bet.lr, rows))
         if bet.memory is None:
-            return Learned(new)
-        memory = bet.memory
-        if limit is not None:  # what the bound takes from a scale is no fall, which would end a search
-            memory = memory._replace(peak=torch.minimum(memory.peak, limit))
-        learned = _auto.settle(bet, new, memory)
-        return learned._replace(state=_auto.bounded(learned.state, limit))
+            learned = Learned(_auto.bounded(new, limit))
+        else:
+            limit, memory = quick(limit), bet.memory
+            if limit is not None:  # what the bound takes from a scale is no fall, which would end a search
+                memory = memory._replace(peak=minimum(memory.peak, limit))
+            learned = _auto.settle(bet, _auto.bounded(new, limit), memory)
+            learned = learned._replace(state=_auto.bounded(learned.state, limit))
+        skip = ~all_finite(learned.state)
+        unchanged = skip | (bet.measured == 0).all(-1) if self.config.per_group else skip
+        learned = learned.unchanged_where(unchanged, bet.old)
+        tuned = tensors(learned._replace(memory=None, time=None), rows)
+        tuned = tuned._replace(memory=learned.memory, time=learned.time)  # `recorded` alone takes them, as they are
+        return tuned, tensors(skip, rows).reshape(()), tensors(unchanged, rows)
 
     def first_scale(self, learned: Learned, work: Work, bet: Bet, base: BaseStep, unchanged: Tensor) -> Learned:
         """Return what was learned, with a first scale in rows whose first update was just made, or that begin again.
@@ -316,6 +341,8 @@ class Tuner:
         def on_device(numbers: Iterable[float]) -> Tensor:  # filled there: copying would block a GPU
             return torch.stack([bet.measured.new_full((), number) for number in numbers])
 
+        learned, bet = tensors(learned, len(least)), tensors(bet, len(least))
+        assert learned.memory is not None
         learned = _auto.first_scale(
             learned,
             learned.memory,
@@ -327,22 +354,12 @@ class Tuner:
         )
         return learned._replace(state=_auto.bounded(learned.state, self._scale_limit(bet.lr)))
 
-    @property
-    def _memory(self) -> Memory:
-        return Memory(*self._read(MEMORY).unbind(-1))
-
     def _scale_limit(self, lr: float | Tensor) -> Tensor | None:
         """Return the largest scale that `max_lr` allows, shape (G,), or None."""
         max_lr = self.config.max_lr
-        return None if max_lr is None else max_lr / self._read(LR_SUMS)[..., 2].clamp_min(lr)
+        return None if max_lr is None else max_lr / maximum(self._read(LR_SUMS)[..., 2], lr)
 
-    def unchanged(self, dots: Tensor, skip: Tensor) -> Tensor:
-        """Return which rows a step is to leave as they are, shape () or (G,): all, where it is skipped.
-
-        A group of which nothing was measured has no gradient, in any process.
-        """
-        return skip | (dots == 0).all(-1) if self.config.per_group else skip
-
+    @unwarned
     def recorded(
         self,
         scale: Tensor,
@@ -362,21 +379,21 @@ class Tuner:
             learned: the new numbers; None leaves them as they are.
             update: |u| of the base's update, shape (G,), of a plain step.
         """
-        before, unchanged = self._read(LR_SUMS), unchanged.unsqueeze(-1)
-        effective, plain, highest = before.unbind(-1)
-        lr = lr if isinstance(lr, Tensor) else torch.full_like(plain, lr)
-        sums = torch.stack([effective + scale * lr, plain + lr, torch.maximum(highest, lr)], -1)
-        values = {LR_SUMS: torch.where(unchanged, before, sums)}
+        before, rows = quick(self._read(LR_SUMS)), column(quick(unchanged))
+        scale, lr = quick(scale), quick(lr)
+        effective, plain, highest = columns(before)
+        sums = stack([effective + scale * lr, plain + lr, maximum(highest, lr)])
+        values = {LR_SUMS: where(rows, before, sums)}
         if learned is not None and learned.memory is not None and update is not None:
-            memory = _auto.moved(learned, update.to(plain), lr)
-            values[MEMORY] = torch.where(unchanged, self._read(MEMORY), torch.stack([*memory], -1))
+            memory = _auto.moved(learned, scale, quick(update.to(self.rows[0][MEMORY])), lr)
+            values[MEMORY] = where(rows, quick(self._read(MEMORY)), stack(memory))
         if learned is not None:
             values.update(zip(VECTORS, learned.state, strict=True))
         first = self.groups[0]
         places, contents = [first[STEPS], first[SKIPPED_STEPS]], [first[STEPS] + 1, first[SKIPPED_STEPS] + skip]
         for key, value in values.items():
             places += [row[key] for row in self.rows]
-            contents += value.unbind()
+            contents += tensors(value, len(self.rows)).unbind()
         return functools.partial(torch._foreach_copy_, places, contents)
 
     def count_skipped(self) -> None:

@@ -36,6 +36,7 @@ from mechanic_pytorch._buckets import PER_PARAMETER, Work, gather
 from mechanic_pytorch._checkpoint import check_group, checked
 from mechanic_pytorch._config import Config, TuneParams, TunerState
 from mechanic_pytorch._fused import one_pass
+from mechanic_pytorch._numbers import Numbers, column, columns, constants, maximum, sqrt, tiny, unwarned, where
 from mechanic_pytorch._torch import NOT_IN_PROPORTION, uncompiled
 from mechanic_pytorch._tuner import Tuner, is_ours
 from mechanic_pytorch._watch import Watch, text_of
@@ -43,7 +44,8 @@ from mechanic_pytorch._watch import Watch, text_of
 __all__ = ["Mechanic", "is_mechanized"]
 
 
-def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
+@unwarned
+def tune(state: TunerState, dots: Numbers, params: TuneParams) -> TunerState:
     """Return the tuner's next state: in Algorithm 1, what becomes of h, m, v, r, W and s. Pure.
 
     Args:
@@ -64,18 +66,17 @@ def tune(state: TunerState, dots: Tensor, params: TuneParams) -> TunerState:
     Source: arXiv 2306.00144, Algorithm 1.
     """
     m, v, r, s = state
-    delta_g, delta_x, g_squared, x_squared = dots.unsqueeze(-1).unbind(-2)  # (G, 1), as h
-    # Made on the device: a copy from the host would block a GPU.
-    beta = torch.stack(torch._foreach_mul(s.new_ones(len(params.betas)).unbind(), params.betas))
-    x_norm = x_squared.sqrt().clamp_min(torch.finfo(s.dtype).tiny ** 0.5)  # <delta, x> is 0 where x is
+    delta_g, delta_x, g_squared, x_squared = map(column, columns(dots))  # (G, 1), as h
+    beta = constants(params.betas, like=s)
+    x_norm = maximum(sqrt(x_squared), tiny(s) ** 0.5)  # <delta, x> is 0 where x is
 
-    h = delta_g + params.s_decay * s.sum(-1, keepdim=True) * g_squared.sqrt() * (delta_x / x_norm)
-    m = torch.maximum(beta * m, h.abs())
-    v = beta.square() * v + h.square()
+    h = delta_g + params.s_decay * column(s.sum(-1)) * sqrt(g_squared) * (delta_x / x_norm)
+    m = maximum(beta * m, abs(h))
+    v = beta * beta * v + h * h
     reward = -s * h
-    r = (beta * r + torch.maximum(reward, params.loss_weight * reward)).clamp_min(0.0)
+    r = maximum(beta * r + maximum(reward, params.loss_weight * reward), 0.0)
     wealth = params.s_init / len(params.betas) * m + r
-    s = (wealth / (v.sqrt() + params.eps)).masked_fill(wealth == 0, 0.0)
+    s = where(wealth == 0, 0.0, wealth / (sqrt(v) + params.eps))
     return TunerState(m, v, r, s)
 
 
@@ -147,12 +148,10 @@ class Mechanic(Optimizer):
 
         # Tune.
         bet = tuner.bet(old, dots, base.lr_factors)
-        learned = tuner.settle(bet, tune(bet.state, bet.dots, bet.params))
-        skip, skipper = learned.is_nonfinite(), base.skipper(work, self.mechanic_config)
+        learned, skip, unchanged = tuner.settle(bet, tune(bet.state, bet.dots, bet.params))
+        skipper = base.skipper(work, self.mechanic_config)
         if skipper is Skipper.HOST and skip.item():
             return self._skip_step(base, tuner)
-        unchanged = tuner.unchanged(dots, skip)
-        learned = learned.unchanged_where(unchanged, old)
 
         # Base step and move.
         with base.rolled_back_on_error(work):
