@@ -92,7 +92,6 @@ from mechanic_pytorch._numbers import (
     sqrt,
     stack,
     tiny,
-    unwarned,
     where,
     zeros_like,
 )
@@ -184,7 +183,6 @@ class Learned(NamedTuple):
         return Scales(self.length * scale, self.length * scale, self.follow)
 
 
-@unwarned
 def bounded(state: TunerState, limit: Tensor | None) -> TunerState:
     """Return the tuner, its scales made smaller by one factor if their sum, in any order, could exceed `limit`.
 
@@ -245,7 +243,6 @@ def floor(memory: Memory) -> Tensor:
     return memory.reach / (SHARE * sqrt(REST + memory.rest) * maximum(update, tiny(update)))
 
 
-@unwarned
 def bet(
     old: TunerState, memory: Memory, dots: Tensor, lr: float | Tensor, betas: tuple[float, ...], s_decay: float
 ) -> Bet:
@@ -298,7 +295,6 @@ def bet(
     return Bet(old, state, sums, params, dots, lr, memory, shortened)
 
 
-@unwarned
 def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     """Return the tuner after a step, what is remembered, and by what part of D x_ref follows the weights.
 
@@ -350,7 +346,6 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     return Learned(new, memory, bet.length, follow, time)
 
 
-@unwarned
 def moved(learned: Learned, scale: Tensor, update: Tensor, lr: float | Tensor) -> Memory:
     """Return what is remembered once a step is made.
 

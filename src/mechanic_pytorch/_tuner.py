@@ -278,6 +278,7 @@ class Tuner:
         ]
         return torch.stack(tensors) if self.config.per_group else torch.stack(tensors).amax(0, keepdim=True)
 
+    @unwarned
     def bet(self, old: TunerState, dots: Tensor, factors: Sequence[float]) -> Bet:
         """Return what `tune` takes: with "auto" in the units of the first update.
 
@@ -292,6 +293,7 @@ class Tuner:
         memory = Memory(*columns(quick(self._read(MEMORY))))
         return _auto.bet(quick(old), memory, quick(dots), quick(lr), self.config.betas, self.config.s_decay)
 
+    @unwarned
     def settle(self, bet: Bet, new: TunerState) -> tuple[Learned, Tensor, Tensor]:
         """Return what was learned, `new` being what `tune` has made of a bet; no effective lr exceeds `max_lr`.
 
