@@ -162,7 +162,7 @@ class AutoOracle:
             if not self.is_found:
                 self.highest, self.time, self.is_found = lr, 1.0, True
             else:
-                excess = max(1.0, 4 * self.least() / peak)
+                excess = max(1.0, 2 * self.least() / peak)
                 self.rest, self.time = (40 + self.rest) * excess**2 - 40, 10.0
             self.unit = self.least()
             self.bet_anew(1.0)

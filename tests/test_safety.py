@@ -81,8 +81,8 @@ def test_no_spike_at_a_constant_lr(base):
 @pytest.mark.parametrize(
     ("base", "schedule", "most"),
     [
-        ("AdamW", "linear", 1.5),
-        ("AdamW", "warm-up for a half, linear", 1.5),
+        ("AdamW", "linear", 3.0),
+        ("AdamW", "warm-up for a half, linear", 3.0),
         ("SGD, momentum", "linear", 5.0),
         ("SGD, momentum", "warm-up for a half, linear", 5.0),
     ],

@@ -48,7 +48,7 @@ updates in place of gradients.
 Bets continue, from empty vectors. If they raise the scale above `FARTHER` times its floor, this is a search again. It
 began where the scale was last below `NEAR` times the floor, and lasts until the scale has fallen to `FOUND` of its
 largest. R is the farthest |D| of all searches. As D also holds what was gone before, n grows as far as it takes for the
-new floor to be at most 1 / `FARTHER` of that largest scale.
+new floor to be at most 1 / `NEAR` of that largest scale.
 
 **Memory** (`settle`). After a search x_ref follows the weights: each step moves it by about the part
 k / (steps since then) of its distance to them, where k is `FOLLOW`. After a later search, these steps count from
@@ -328,7 +328,7 @@ def settle(bet: Bet, new: TunerState, memory: Memory) -> Learned:
     rest = where(is_over, rest * (memory.reach / reach) ** 2, rest)
     memory = memory._replace(highest=highest, reach=reach, rest=rest)
     least = where(is_over, floor(memory), least)
-    excess = where(is_over & was_found, maximum(FARTHER * least / peak, 1.0), 1.0)
+    excess = where(is_over & was_found, maximum(NEAR * least / peak, 1.0), 1.0)
     memory, least = memory._replace(rest=(REST + memory.rest) * excess**2 - REST), least / excess
     scale = where(is_over, least, scale)
     new = either(is_over, evenly(scale, like=new), new)
