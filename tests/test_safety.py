@@ -63,7 +63,7 @@ def test_disturbances_do_no_more_harm_than_to_the_tuned_base(disturbance, base):
 
 @pytest.mark.parametrize("seed", [1, 3])
 def test_a_search_that_noise_has_ended_begins_again(seed):
-    """These seeds had losses of 2.0 and 2.1 of the 2.3 at the start where each later search raised the floor by less."""
+    """Where each later search raised the floor by less, these seeds ended at 2.0 and 2.1, of 2.3 at the start."""
     assert safety.train_disturbed("noise of norm 10 in every gradient, cosine", "AdamW", seed, safety.AUTO) < 1.2
 
 
