@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 
 import pytest
 import torch
@@ -139,20 +139,20 @@ def test_channels_last_in_the_middle(name, start):
 # --- runs that end near those of the plain base -----------------------------------------------------------------------
 
 
-def ends_at(
-    start, name, steps=200, wrap=lambda o: o, schedule=lambda o: None, after=lambda t, optimizer: None, seeds=(0,)
-):
-    """Train, calling `after` with each step; return the loss over all images, in the mean of some seeds of weights."""
-    losses = []
-    for seed in seeds:
-        model = mlp(seed=seed)
-        optimizer = optimizer_of(model.parameters(), name, start)
-        wrapped, scheduler = wrap(optimizer), schedule(optimizer)
-        for t in range(steps):
-            train(model, wrapped, 1, first=t, scheduler=scheduler)
-            after(t, optimizer)
-        losses.append(full_loss(model))
-    return sum(losses) / len(losses)
+def ends_at(start, name, steps=200, wrap=lambda o: o, schedule=lambda o: None, after=lambda t, optimizer: None, seed=0):
+    """Train, calling `after` with each step; return the loss over all images."""
+    model = mlp(seed=seed)
+    optimizer = optimizer_of(model.parameters(), name, start)
+    wrapped, scheduler = wrap(optimizer), schedule(optimizer)
+    for t in range(steps):
+        train(model, wrapped, 1, first=t, scheduler=scheduler)
+        after(t, optimizer)
+    return full_loss(model)
+
+
+def in_the_mean(start, name):
+    """The mean of three runs: single ones of Ranger have 0.06 to 0.16 in six seeds, the plain ones 0.05 to 0.06."""
+    return fmean(ends_at(start, name, seed=seed) for seed in range(3))
 
 
 def forget(t, optimizer):
@@ -276,8 +276,7 @@ RUNS = {  # the factor allowed, the base and a good lr for the plain one, what i
     "Lookahead": (2, "AdamW", 0.06, ends_at, {"after": halfway_back}),
     "Lookahead_SGD": (2, "SGD", 0.4, ends_at, {"after": halfway_back}),
     "Lookahead_around": (2, "AdamW", 0.06, ends_at, {"wrap": lambda o: third_party("Lookahead")(o)}),
-    # Single runs of it have 0.06 to 0.16 in six seeds, the plain one 0.05 to 0.06.
-    "Ranger": (2, "Ranger", 0.1, ends_at, {"seeds": (0, 1, 2)}),
+    "Ranger": (2, "Ranger", 0.1, in_the_mean, {}),
     # kohya-ss/sd-scripts #545, Lightning-AI/pytorch-lightning #11822 and #15916.
     "WarmRestarts": (2, "AdamW", 0.06, ends_at, {"schedule": lambda o: CosineAnnealingWarmRestarts(o, 30, 2)}),
     "OneCycleLR": (2, "AdamW", 0.06, ends_at, {"schedule": lambda o: OneCycleLR(o, o.param_groups[0]["lr"], 201)}),
